@@ -1,0 +1,62 @@
+# Every target sets up what it needs: `make run` and `make test` work on a fresh clone.
+CONFIG    ?= configs/cells.yaml
+PRECISION ?=
+BACKEND   ?= auto
+BUILD     ?= build
+PYTHON    ?= python3
+
+VENV     := .venv
+READY    := $(VENV)/.ready
+UNET_TRT := $(VENV)/bin/unet-trt
+# SET="a.b=c d.e=f" overrides keys of the configuration.
+SETS      = $(foreach pair,$(SET),--set $(pair))
+COMMON    = -c $(CONFIG) --build-dir $(BUILD) $(SETS)
+CHOSEN    = $(foreach precision,$(PRECISION),-p $(precision)) --backend $(BACKEND)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-gpu lint export clean-graph calibrate engine validate benchmark report regress train
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@echo "Variables: CONFIG=$(CONFIG) PRECISION=fp32|fp16|int8 BACKEND=$(BACKEND) BUILD=$(BUILD) SET=\"section.key=value …\""
+
+setup: $(READY) ## make .venv and install everything, pinned
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "unet-trt needs Python 3.10 to 3.13, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,rtx,dev]'
+	@touch $@
+
+run: $(READY) ## the whole pipeline on CONFIG
+	$(UNET_TRT) run $(COMMON) $(CHOSEN)
+
+test: $(READY) ## all tests that need no GPU
+	$(VENV)/bin/python -m pytest
+
+test-gpu: ## tests on a GPU host, with the interpreter PYTHON that has TensorRT
+	$(PYTHON) -m pytest tests/gpu -m gpu
+
+lint: $(READY) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+export: $(READY) ## torch to ONNX
+	$(UNET_TRT) export $(COMMON)
+clean-graph: $(READY) ## rewrite the ONNX graph for TensorRT
+	$(UNET_TRT) clean $(COMMON)
+calibrate: $(READY) ## choose INT8 ranges
+	$(UNET_TRT) calibrate $(COMMON)
+engine: $(READY) ## build engines: PRECISION=int8, or all of the configuration
+	$(UNET_TRT) engine $(COMMON) $(CHOSEN)
+validate: $(READY) ## judge engines against FP32 and labels
+	$(UNET_TRT) validate $(COMMON) $(CHOSEN)
+benchmark: $(READY) ## time what runs here
+	$(UNET_TRT) benchmark $(COMMON) $(CHOSEN)
+report: $(READY) ## write the HTML page
+	$(UNET_TRT) report $(COMMON) $(CHOSEN)
+regress: $(READY) ## compare with baselines/<config>.json
+	$(UNET_TRT) regress $(COMMON) $(CHOSEN)
+train: $(READY) ## train CONFIG's network from scratch
+	$(UNET_TRT) train -c $(CONFIG) $(SETS)

@@ -1,0 +1,206 @@
+"""What passes between stages: hashes, manifests, JSON, atomic files and folders, and the lock on a build folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from pipeline.config import ClassConfig, Precision, PreprocessingConfig
+from pipeline.errors import BuildFolderError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output; a dynamic axis has a name instead of a size. ``dtype`` is numpy's name."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes of one input that an engine with dynamic axes accepts."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as an engine is bound to it; ``compute_capability`` such as "9.0"."""
+
+    name: str
+    compute_capability: str
+    driver: str
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model file says of itself beside its graph: travels in ONNX metadata and in engine manifests."""
+
+    name: str
+    preprocessing: PreprocessingConfig
+    classes: tuple[ClassConfig, ...]
+    void: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """Beside every engine, and checked before the engine is loaded."""
+
+    engine_sha256: str
+    onnx_sha256: str
+    cache_sha256: str | None
+    precision: Precision
+    route: str
+    backend: str
+    backend_version: str
+    device: Device | None
+    target_capabilities: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: dict[str, Profile]
+    card: ModelCard | None
+    build_seconds: float
+    timing_cache: str
+    created: str
+    notes: tuple[str, ...] = ()
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON value, whatever the order of its keys."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def to_json(value: Any) -> bytes:
+    """A pydantic dataclass as indented JSON."""
+    return TypeAdapter(type(value)).dump_json(value, indent=2) + b"\n"
+
+
+def from_json(kind: type[T], path: Path) -> T:
+    """Read back what ``to_json`` wrote.
+
+    Raises:
+        BuildFolderError: the file is missing, damaged or of another schema.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        raise BuildFolderError(
+            f"cannot read {path}: {error.strerror}", expected=f"a {kind.__name__} as JSON", fix="run its stage again"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BuildFolderError(
+            f"{path} is damaged or from another version",
+            expected=f"a {kind.__name__} of schema {SCHEMA_VERSION}",
+            got=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            fix="run its stage again",
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the target, fsync, replace: readers see the old file or the whole new one.
+
+    Raises:
+        BuildFolderError: the folder is missing, unwritable or full; the target is as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise _unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the target's place when the block succeeds and vanishes when it does not."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if target.exists():
+            os.replace(target, old)
+        os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def build_lock(folder: Path) -> Iterator[None]:
+    """Exclusive use of a build folder; a second process says who holds it and waits."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            log.warning("%s is in use by %s; waiting", folder, file.read().strip() or "another process")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()}\n")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _unwritable(path: Path, error: OSError) -> BuildFolderError:
+    return BuildFolderError(
+        f"cannot write {path}: {error.strerror or error}",
+        expected="a writable folder with space left",
+        fix="choose another with --build-dir (BUILD=), or free space",
+    )

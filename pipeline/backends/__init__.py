@@ -1,0 +1,1 @@
+"""Engine families behind one pair of protocols."""

@@ -1,0 +1,274 @@
+"""GPU memory, streams, events and graphs through cuda-python, and what GPU this machine has.
+
+Nothing here touches CUDA before it is called; every status code is checked. Codes that mean "this machine cannot"
+(no driver, no GPU, driver too old) become UnsupportedError, all others EngineError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pipeline.artifacts import Device
+from pipeline.errors import EngineError, PipelineError, UnsupportedError
+
+log = logging.getLogger(__name__)
+
+UNSUPPORTED = {
+    "cudaErrorInsufficientDriver",
+    "cudaErrorNoDevice",
+    "cudaErrorInvalidDevice",
+    "cudaErrorInitializationError",
+    "cudaErrorDevicesUnavailable",
+    "cudaErrorSystemDriverMismatch",
+    "cudaErrorSystemNotReady",
+    "cudaErrorCompatNotSupportedOnDevice",
+    "cudaErrorStubLibrary",
+    "cudaErrorOperatingSystem",
+}
+NVML_TEXT_BYTES = 96
+
+
+def current_device() -> Device:
+    """The GPU that this process uses (CUDA's current device, the first visible one unless told otherwise).
+
+    Raises:
+        UnsupportedError: no cuda-python, no driver, a driver too old for cuda-python, or no GPU.
+    """
+    index = call("cudaGetDevice")
+    major, minor = (
+        call("cudaDeviceGetAttribute", getattr(_runtime().cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}"), index)
+        for part in ("Major", "Minor")
+    )
+    name = call("cudaGetDeviceProperties", index).name
+    return Device(
+        name=(name.decode() if isinstance(name, bytes) else str(name)).rstrip("\0"),
+        compute_capability=f"{major}.{minor}",
+        driver=driver_version(),
+    )
+
+
+def why_no_gpu() -> str:
+    """One sentence and what to do about it; empty where a GPU can be used."""
+    try:
+        current_device()
+    except PipelineError as error:
+        return f"{error.problem}; {error.fix}" if error.fix else error.problem
+    return ""
+
+
+def driver_version() -> str:
+    """The driver's own version such as "550.90.07"; where NVML is missing, the CUDA version it supports: "CUDA 12.4".
+
+    Raises:
+        UnsupportedError: no driver.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() == 0:
+            try:
+                text = ctypes.create_string_buffer(NVML_TEXT_BYTES)
+                if nvml.nvmlSystemGetDriverVersion(text, NVML_TEXT_BYTES) == 0 and text.value:
+                    return text.value.decode()
+            finally:
+                nvml.nvmlShutdown()
+    return _cuda_of_driver()
+
+
+def free_memory() -> tuple[int, int]:
+    """Free and total bytes of the GPU."""
+    free, total = call("cudaMemGetInfo")
+    return int(free), int(total)
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call a CUDA runtime function by name: its value, a tuple of its values, or None.
+
+    Raises:
+        UnsupportedError, EngineError: by the status code it returns.
+    """
+    runtime = _runtime()
+    try:
+        status, *values = getattr(runtime, function)(*arguments)
+    except RuntimeError as error:  # cuda-python raises, rather than returns, where it cannot load a library
+        raise UnsupportedError(
+            f"CUDA cannot be used: {error}", expected="an NVIDIA driver", fix="install one, or use another machine"
+        ) from error
+    if int(status):
+        raise _error(function, str(getattr(status, "name", status)))
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+class Stream:
+    """A stream of its own, which does not wait for the default stream."""
+
+    def __init__(self) -> None:
+        self.handle: Any = call("cudaStreamCreateWithFlags", _runtime().cudaStreamNonBlocking)
+
+    def __int__(self) -> int:
+        return int(self.handle)
+
+    def synchronize(self) -> None:
+        call("cudaStreamSynchronize", self.handle)
+
+    def close(self) -> None:
+        if self.handle is not None:
+            _release("cudaStreamDestroy", self.handle)
+            self.handle = None
+
+
+class Event:
+    """A point in a stream whose time the GPU records."""
+
+    def __init__(self) -> None:
+        self.handle: Any = call("cudaEventCreate")
+
+    def record(self, stream: Stream) -> None:
+        call("cudaEventRecord", self.handle, stream.handle)
+
+    def milliseconds_since(self, start: Event) -> float:
+        """GPU time between two recorded events; both must have completed (synchronize their stream first)."""
+        return float(call("cudaEventElapsedTime", start.handle, self.handle))
+
+    def close(self) -> None:
+        if self.handle is not None:
+            _release("cudaEventDestroy", self.handle)
+            self.handle = None
+
+
+class DeviceBuffer:
+    """``size`` bytes of GPU memory, freed by ``close``."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.address = int(call("cudaMalloc", max(size, 1)))
+
+    def upload(self, array: NDArray[Any], stream: Stream) -> None:
+        """Start copying a C-contiguous host array to the GPU; it must live until the stream is synchronized."""
+        self._fits(array)
+        kind = _runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
+        call("cudaMemcpyAsync", self.address, array.ctypes.data, array.nbytes, kind, stream.handle)
+
+    def download(self, array: NDArray[Any], stream: Stream) -> None:
+        """Start copying into a C-contiguous host array, which is filled once the stream is synchronized."""
+        self._fits(array)
+        kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
+        call("cudaMemcpyAsync", array.ctypes.data, self.address, array.nbytes, kind, stream.handle)
+
+    def close(self) -> None:
+        if self.address:
+            _release("cudaFree", self.address)
+            self.address = 0
+
+    def __enter__(self) -> DeviceBuffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fits(self, array: NDArray[Any]) -> None:
+        if not array.flags.c_contiguous or array.nbytes > self.size:
+            raise ValueError(f"needs a C-contiguous array of at most {self.size} bytes, got {array.nbytes}")
+
+
+class Graph:
+    """Work captured from a stream, launched again as one."""
+
+    def __init__(self, captured: Any) -> None:
+        self._captured = captured
+        self._executable = call("cudaGraphInstantiate", captured, 0)
+
+    def launch(self, stream: Stream) -> None:
+        call("cudaGraphLaunch", self._executable, stream.handle)
+
+    def close(self) -> None:
+        if self._executable is not None:
+            _release("cudaGraphExecDestroy", self._executable)
+            _release("cudaGraphDestroy", self._captured)
+            self._executable = None
+
+
+@contextlib.contextmanager
+def capture(stream: Stream) -> Iterator[list[Graph]]:
+    """Capture what the block enqueues on the stream instead of running it; the list holds the graph afterwards.
+
+    Raises:
+        EngineError: the work cannot be captured; the stream is usable again.
+    """
+    graphs: list[Graph] = []
+    call("cudaStreamBeginCapture", stream.handle, _runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+    try:
+        yield graphs
+    except BaseException:
+        with contextlib.suppress(PipelineError):
+            call("cudaStreamEndCapture", stream.handle)
+        raise
+    graphs.append(Graph(call("cudaStreamEndCapture", stream.handle)))
+
+
+def _runtime() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise UnsupportedError(
+            f"cuda-python cannot be imported: {error}",
+            expected="cuda-python 12.6 or newer",
+            fix="pip install 'cuda-python>=12.6'",
+        ) from error
+    return runtime
+
+
+def _cuda_of_driver() -> str:
+    number = int(call("cudaDriverGetVersion"))
+    if number == 0:
+        raise UnsupportedError(
+            "this machine has no NVIDIA driver", expected="an NVIDIA GPU and its driver", fix="use a machine with a GPU"
+        )
+    return f"CUDA {number // 1000}.{number % 1000 // 10}"
+
+
+def _error(function: str, status: str) -> PipelineError:
+    if status == "cudaErrorInsufficientDriver":
+        # CUDA reports a missing driver with the same code; this call says so, or the version that is too old.
+        supported = _cuda_of_driver()
+        number = int(call("cudaRuntimeGetVersion"))
+        needed = f"CUDA {number // 1000}.{number % 1000 // 10}"
+        return UnsupportedError(
+            f"the NVIDIA driver supports {supported}, cuda-python here needs {needed}",
+            fix="update the driver, or install the cuda-python of the driver's major version",
+        )
+    if status in UNSUPPORTED:
+        return UnsupportedError(
+            f"this machine has no usable GPU ({function}: {status})",
+            expected="an NVIDIA GPU that this process may use",
+            fix="check nvidia-smi and CUDA_VISIBLE_DEVICES",
+        )
+    if status == "cudaErrorMemoryAllocation":
+        return EngineError(
+            "the GPU is out of memory", got=_memory(), fix="free GPU memory, or use a smaller batch or profile"
+        )
+    return EngineError(f"CUDA failed: {function} returned {status}", fix="see the log; run again with --debug")
+
+
+def _memory() -> str:
+    try:
+        free, total = free_memory()
+    except PipelineError:
+        return ""
+    return f"{free >> 20} MiB free of {total >> 20} MiB"
+
+
+def _release(function: str, handle: Any) -> None:
+    """Give back a resource; a failure is logged, as raising it would hide the error that led here."""
+    try:
+        call(function, handle)
+    except PipelineError as error:
+        log.warning("%s", error.problem)

@@ -1,0 +1,103 @@
+"""ONNX Runtime on the CPU: the FP32 reference, and the emulation of typed graphs where no engine can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pipeline.artifacts import TensorSpec
+from pipeline.backends.base import Arrays, Capabilities, check_feeds
+from pipeline.errors import ModelError
+
+# Exceptions of ONNX Runtime share no public base class but these modules' own.
+ORT_ERRORS = (
+    ort.capi.onnxruntime_pybind11_state.Fail,
+    ort.capi.onnxruntime_pybind11_state.InvalidArgument,
+    ort.capi.onnxruntime_pybind11_state.InvalidGraph,
+    ort.capi.onnxruntime_pybind11_state.InvalidProtobuf,
+    ort.capi.onnxruntime_pybind11_state.NotImplemented,
+    ort.capi.onnxruntime_pybind11_state.RuntimeException,
+)
+DTYPES = {"float": "float32", "double": "float64"}
+
+
+def capabilities() -> Capabilities:
+    """ONNX Runtime emulates the explicit route on any CPU; it builds no engines."""
+    return Capabilities(
+        name="onnxruntime",
+        version=ort.__version__,
+        builds=False,
+        runs=True,
+        why_not_build="ONNX Runtime runs ONNX files; it builds no engines",
+        routes=("explicit",),
+        strongly_typed=True,
+        details={"providers": ", ".join(ort.get_available_providers())},
+    )
+
+
+class OnnxRuntimeRunner:
+    """An ONNX graph on ONNX Runtime's CPU provider.
+
+    Q/DQ pairs are executed as written, in floating point, never fused into integer kernels: the result is the
+    quantized network's exactly rounded arithmetic, the same on every CPU.
+
+    Args:
+        model: path or serialized bytes.
+        optimize: let ONNX Runtime rewrite the graph; off for comparisons of graphs with each other.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(self, model: Path | bytes, *, optimize: bool = True) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self.session = ort.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+            )
+        except (*ORT_ERRORS, ValueError) as error:
+            where = "the graph" if isinstance(model, bytes) else str(model)
+            raise ModelError(
+                f"ONNX Runtime cannot load {where}: {error}", fix="clean or export the model again"
+            ) from error
+        self.inputs = tuple(_spec(node) for node in self.session.get_inputs())
+        self.outputs = tuple(_spec(node) for node in self.session.get_outputs())
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        check_feeds(self.inputs, feeds)
+        names = [spec.name for spec in self.outputs]
+        try:
+            return dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
+        except ORT_ERRORS as error:
+            shapes = {name: array.shape for name, array in feeds.items()}
+            raise ModelError(
+                f"ONNX Runtime cannot run the graph: {error}", got=f"inputs {shapes}", fix="check the input sizes"
+            ) from error
+
+    def close(self) -> None:
+        del self.session
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _spec(node: Any) -> TensorSpec:
+    shape = tuple(
+        size if isinstance(size, int) else size or f"{node.name}_{axis}" for axis, size in enumerate(node.shape)
+    )
+    kind = node.type.removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(node.name, shape, np.dtype(DTYPES.get(kind, kind)).name)

@@ -1,0 +1,308 @@
+"""Running engines of TensorRT and TensorRT-RTX: host arrays in, host arrays out, and GPU times."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifacts import Profile, TensorSpec
+from pipeline.backends import cuda
+from pipeline.backends.base import Arrays, check_feeds
+from pipeline.backends.trt_api import DTYPES, collected, errors_of, logger, named_shape
+from pipeline.errors import EngineError, PipelineError
+
+log = logging.getLogger(__name__)
+
+# Inferences timed between two waits: enough to keep the GPU busy, few enough to stop in time.
+LARGEST_CHUNK = 64
+CHUNK_SECONDS = 0.1
+
+
+class EngineRunner:
+    """A deserialized engine with its GPU memory; a context manager, not thread-safe.
+
+    GPU memory is allocated at the first inference of a shape, reused as long as shapes fit into it, and freed by
+    ``close``.
+
+    Args:
+        trt: the API module, ``tensorrt`` or ``tensorrt_rtx``.
+        plan: a serialized engine. Deserialising executes what is in it: load only what you trust.
+        axes: names of dynamic axes by tensor, as the manifest has them; default: ``<tensor>_<axis>``.
+
+    Attributes:
+        inputs, outputs: of the engine.
+        profiles: shapes that each dynamic input accepts.
+        captured: whether the last timing replayed a CUDA graph.
+
+    Raises:
+        UnsupportedError: no GPU, or none that this library supports.
+        EngineError: not an engine of this library and version, or out of GPU memory.
+    """
+
+    def __init__(self, trt: Any, plan: bytes, *, axes: dict[str, tuple[int | str, ...]] | None = None) -> None:
+        self.trt = trt
+        self.captured = False
+        self._buffers: dict[str, cuda.DeviceBuffer] = {}
+        self._bound: tuple[tuple[int, ...], ...] | None = None
+        self._device = cuda.current_device()
+        with collected(trt) as messages:
+            self._runtime, self._engine, self._context = self._load(plan)
+        if self._context is None:
+            reasons = "; ".join(errors_of(messages)) or "it gave no reason"
+            raise EngineError(
+                f"{trt.__name__} {trt.__version__} cannot load the engine on this GPU "
+                f"({self._device.name}, compute capability {self._device.compute_capability}): {reasons}",
+                fix="build it again on this machine with this TensorRT",
+            )
+        self.inputs, self.outputs = self._specs(axes or {})
+        self.profiles = {
+            spec.name: Profile(*(tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, 0)))
+            for spec in self.inputs
+            if any(isinstance(size, str) for size in spec.shape)
+        }
+        self._stream = cuda.Stream()
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """One inference; the returned arrays are the caller's.
+
+        Raises:
+            EngineError: a shape outside of the profile, a failed execution, out of GPU memory.
+            ValueError: names, ranks, fixed sizes or dtypes that do not match the inputs.
+        """
+        self._prepare(feeds)
+        held = self._upload(feeds)
+        self._enqueue()
+        results = {
+            spec.name: np.empty(tuple(self._context.get_tensor_shape(spec.name)), np.dtype(spec.dtype))
+            for spec in self.outputs
+        }
+        for name, array in results.items():
+            self._buffers[name].download(array, self._stream)
+        self._stream.synchronize()
+        del held
+        return results
+
+    def device_milliseconds(self, feeds: Arrays, seconds: float, warmup_seconds: float) -> NDArray[np.float64]:
+        """GPU time of each inference, by CUDA events around it; no copies are timed.
+
+        Inferences follow one another without waiting for the host, replayed from a CUDA graph where the engine can be
+        captured (``captured`` says so).
+
+        Args:
+            seconds: host time to measure for, after warming up; at least one inference is measured.
+            warmup_seconds: host time to run before.
+
+        Returns:
+            float64 array of milliseconds, one per inference, in order.
+        """
+        self._prepare(feeds)
+        held = self._upload(feeds)
+        self._enqueue()  # TensorRT finishes its set-up at the first execution, which cannot be captured
+        self._stream.synchronize()
+        del held
+        graph = self._capture()
+        self.captured = graph is not None
+        events: list[tuple[cuda.Event, cuda.Event]] = []
+        times: list[float] = []
+        try:
+            once = self._warm_up(graph, warmup_seconds)
+            for _ in range(max(1, min(LARGEST_CHUNK, math.ceil(CHUNK_SECONDS / once)))):
+                events.append((cuda.Event(), cuda.Event()))
+            end = time.perf_counter() + seconds
+            while not times or time.perf_counter() < end:
+                for before, after in events:
+                    before.record(self._stream)
+                    self._launch(graph)
+                    after.record(self._stream)
+                self._stream.synchronize()
+                times.extend(after.milliseconds_since(before) for before, after in events)
+        finally:
+            for pair in events:
+                for event in pair:
+                    event.close()
+            if graph is not None:
+                graph.close()
+        return np.array(times, np.float64)
+
+    def transfer_milliseconds(
+        self, feeds: Arrays, repeats: int = 20
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """GPU times of copying all inputs to the GPU, and all outputs back, from and to pageable memory.
+
+        Returns:
+            Two float64 arrays of ``repeats`` milliseconds: host to device, device to host.
+        """
+        results = self(feeds)
+        marks = [cuda.Event() for _ in range(3)]
+        times: list[tuple[float, float]] = []
+        try:
+            for _ in range(repeats):
+                marks[0].record(self._stream)
+                held = self._upload(feeds)
+                marks[1].record(self._stream)
+                for name, array in results.items():
+                    self._buffers[name].download(array, self._stream)
+                marks[2].record(self._stream)
+                self._stream.synchronize()
+                del held
+                times.append((marks[1].milliseconds_since(marks[0]), marks[2].milliseconds_since(marks[1])))
+        finally:
+            for mark in marks:
+                mark.close()
+        both = np.array(times, np.float64).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+
+    def layers(self) -> str:
+        """What the engine consists of, as TensorRT's engine inspector tells it: JSON text."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
+
+    def close(self) -> None:
+        """Free all GPU memory; the runner cannot be used afterwards. Calling it again does nothing."""
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._buffers = {}
+        if self._context is not None:
+            self._stream.close()
+        # The context must go before its engine, and the engine before its runtime.
+        self._context = None
+        self._engine = None
+        self._runtime = None
+
+    def __enter__(self) -> EngineRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _load(self, plan: bytes) -> tuple[Any, Any, Any]:
+        bridge = logger(self.trt)
+        if hasattr(self.trt, "init_libnvinfer_plugins"):
+            self.trt.init_libnvinfer_plugins(bridge, "")
+        try:
+            runtime = self.trt.Runtime(bridge)
+        except TypeError:  # pybind11's way of saying that the factory returned nothing
+            return None, None, None
+        engine = runtime.deserialize_cuda_engine(plan)
+        return runtime, engine, engine.create_execution_context() if engine is not None else None
+
+    def _specs(self, axes: dict[str, tuple[int | str, ...]]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            kind = self._engine.get_tensor_dtype(name).name
+            if self._engine.get_tensor_location(name) != self.trt.TensorLocation.DEVICE or kind not in DTYPES:
+                raise EngineError(
+                    f"tensor {name} of the engine is a {kind} shape tensor, which this runner does not feed",
+                    expected="image-like inputs and outputs",
+                    fix="clean the model, which folds shape arithmetic, and build again",
+                )
+            shape = named_shape(name, tuple(self._engine.get_tensor_shape(name)), axes.get(name, ()))
+            is_input = self._engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT
+            (inputs if is_input else outputs).append(TensorSpec(name, shape, DTYPES[kind]))
+        return tuple(inputs), tuple(outputs)
+
+    def _prepare(self, feeds: Arrays) -> None:
+        """Tell the context the shapes of the feeds, and see to it that every tensor has memory."""
+        if self._context is None:
+            raise ValueError("the runner is closed")
+        check_feeds(self.inputs, feeds)
+        shapes = tuple(feeds[spec.name].shape for spec in self.inputs)
+        if shapes == self._bound:
+            return
+        self._bound = None
+        for spec, shape in zip(self.inputs, shapes, strict=True):
+            self._in_profile(spec.name, shape)
+            with collected(self.trt) as messages:
+                accepted = self._context.set_input_shape(spec.name, shape)
+            if not accepted:
+                raise EngineError(f"the engine refuses shape {shape} of {spec.name}: {'; '.join(errors_of(messages))}")
+        for spec in (*self.inputs, *self.outputs):
+            shape = tuple(self._context.get_tensor_shape(spec.name))
+            if any(size < 0 for size in shape):
+                raise EngineError(
+                    f"the shape of tensor {spec.name} depends on its data",
+                    expected="outputs whose shapes follow from the inputs' shapes",
+                    got=str(shape),
+                    fix="change the network",
+                )
+            self._allocate(spec.name, math.prod(shape) * np.dtype(spec.dtype).itemsize)
+        self._bound = shapes
+
+    def _in_profile(self, name: str, shape: tuple[int, ...]) -> None:
+        profile = self.profiles.get(name)
+        if profile is None:
+            return
+        if any(not low <= size <= high for low, size, high in zip(profile.min, shape, profile.max, strict=True)):
+            raise EngineError(
+                f"input {name} has a shape that the engine was not built for",
+                expected=f"{profile.min} to {profile.max}",
+                got=str(shape),
+                fix="use sizes within the profile, or widen engine.profile and build again",
+            )
+
+    def _allocate(self, name: str, size: int) -> None:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            if buffer is not None:
+                del self._buffers[name]
+                buffer.close()
+            self._buffers[name] = buffer = cuda.DeviceBuffer(size)
+            if not self._context.set_tensor_address(name, buffer.address):
+                raise EngineError(f"the engine refuses the memory of tensor {name}")
+
+    def _upload(self, feeds: Arrays) -> list[NDArray[Any]]:
+        """Start copying; the arrays returned must live until the stream is synchronized."""
+        held = [np.ascontiguousarray(feeds[spec.name]) for spec in self.inputs]
+        for spec, array in zip(self.inputs, held, strict=True):
+            self._buffers[spec.name].upload(array, self._stream)
+        return held
+
+    def _enqueue(self) -> None:
+        with collected(self.trt) as messages:
+            done = self._context.execute_async_v3(int(self._stream))
+        if not done:
+            raise EngineError(
+                f"the engine failed to run: {'; '.join(errors_of(messages)) or 'TensorRT gave no reason'}",
+                fix="free GPU memory, or build the engine again on this machine",
+            )
+
+    def _capture(self) -> cuda.Graph | None:
+        capturable = getattr(self._context, "is_stream_capturable", None)
+        if capturable is not None and not capturable(int(self._stream)):
+            return None
+        try:
+            with cuda.capture(self._stream) as graphs:
+                self._enqueue()
+        except PipelineError as error:
+            log.info("timing without a CUDA graph: %s", error.problem)
+            self._stream.synchronize()
+            return None
+        return graphs[0]
+
+    def _launch(self, graph: cuda.Graph | None) -> None:
+        if graph is not None:
+            graph.launch(self._stream)
+        else:
+            self._enqueue()
+
+    def _warm_up(self, graph: cuda.Graph | None, seconds: float) -> float:
+        """Run for a while; host seconds of one inference, above 0."""
+        start = time.perf_counter()
+        count = 0
+        while True:
+            self._launch(graph)
+            self._stream.synchronize()
+            count += 1
+            elapsed = time.perf_counter() - start
+            if elapsed >= seconds:
+                return max(elapsed / count, 1e-6)

@@ -1,0 +1,539 @@
+"""The commands: arguments, logging, exit codes. Heavy modules are imported inside the commands, so --help is quick."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.config import Config, Precision
+    from pipeline.run import Run
+
+log = logging.getLogger("pipeline")
+app = typer.Typer(
+    help="From a trained UNet to a TensorRT engine whose accuracy can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# Accepted before and behind the command's name.
+GLOBAL_FLAGS = ("--debug", "--quiet")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("-c", "--config", help="Configuration file, such as configs/cells.yaml.")
+]
+PrecisionsOption = Annotated[
+    list[str] | None, typer.Option("-p", "--precision", help="fp32, fp16 or int8; repeat for several.")
+]
+BackendOption = Annotated[str | None, typer.Option("--backend", help="auto, tensorrt, tensorrt-rtx or onnxruntime.")]
+RouteOption = Annotated[str | None, typer.Option("--route", help="auto, implicit or explicit.")]
+BuildOption = Annotated[Path, typer.Option("--build-dir", help="Folder for everything that is made.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the configuration: section.key=value.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Make every stage anew.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+BUILD = Path("build")
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log message.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Log warnings only.")] = False,
+) -> None:
+    _set_up_logging(debug, quiet)
+
+
+def main() -> None:
+    """Entry point of ``unet-trt``: exits 0 done and passed, 1 a check failed, 2 bad input, 3 not on this machine."""
+    from pipeline.errors import PipelineError
+
+    arguments = sys.argv[1:]
+    flags = [a for a in arguments if a in GLOBAL_FLAGS]
+    try:
+        app([*flags, *(a for a in arguments if a not in GLOBAL_FLAGS)], prog_name="unet-trt", standalone_mode=True)
+    except PipelineError as error:
+        if "--debug" in flags:
+            log.exception("failed")
+        print(f"unet-trt: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("unet-trt: interrupted; finished stages are kept", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------- the whole
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    precision: PrecisionsOption = None,
+    backend: BackendOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Export, clean, calibrate, build, validate, benchmark, report: whatever has changed."""
+    settings = _load(config, overrides, backend)
+    precisions = _precisions(settings, precision)
+    with _run(settings, build_dir, force) as work:
+        page = work.report(precisions)
+        _print_verdict(work, precisions, page, json)
+        work.verdict(precisions)
+
+
+@app.command()
+def report(
+    config: ConfigOption = None,
+    precision: PrecisionsOption = None,
+    backend: BackendOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Write the HTML page (after whatever it still needs)."""
+    settings = _load(config, overrides, backend)
+    with _run(settings, build_dir, force) as work:
+        print(work.report(_precisions(settings, precision)))
+
+
+# ---------------------------------------------------------------------- single stages
+
+
+@app.command()
+def export(
+    config: ConfigOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Torch network to ONNX."""
+    with _run(_load(config, overrides), build_dir, force) as work:
+        print(work.export())
+
+
+@app.command()
+def clean(
+    model: Annotated[Path | None, typer.Argument(help="RAW.onnx, instead of -c.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="CLEAN.onnx.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Report as JSON.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest accepted change, relative to the largest output.")] = 1e-5,
+    config: ConfigOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Rewrite the graph for TensorRT, with proof that it computes the same."""
+    if model is None:
+        with _run(_load(config, overrides), build_dir, force) as work:
+            print(work.clean())
+        return
+    from pipeline.stages.clean import clean as clean_file
+
+    clean_file(model, _required(output, "-o CLEAN.onnx"), report, tolerance)
+    print(output)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path | None, typer.Argument(help="CLEAN.onnx, instead of -c.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of calibration images.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="calibration.cache.")] = None,
+    algorithm: Annotated[str, typer.Option(help="entropy or minmax.")] = "entropy",
+    config: ConfigOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Choose the INT8 ranges of all tensors."""
+    if model is None:
+        with _run(_load(config, overrides), build_dir, force) as work:
+            print(work.calibrate())
+        return
+    import tempfile
+
+    from pipeline.artifacts import write_atomically
+    from pipeline.config import CalibrateConfig
+    from pipeline.data.dataset import image_folder
+    from pipeline.stages.calibrate import calibrate as calibrate_file
+
+    card = _card_of(model)
+    target = _required(output, "-o calibration.cache")
+    dataset = image_folder(_required(images, "--images DIR"), card.preprocessing.channels)
+    settings = _section(CalibrateConfig, {"algorithm": algorithm, "images": len(dataset)})
+    with tempfile.TemporaryDirectory() as folder:
+        calibrate_file(model, dataset, settings, card.preprocessing, Path(folder))
+        write_atomically(target, Path(folder, "calibration.cache").read_bytes())
+    print(target)
+
+
+@app.command()
+def engine(
+    model: Annotated[Path | None, typer.Argument(help="CLEAN.onnx, instead of -c.")] = None,
+    precision: PrecisionsOption = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="model.engine.")] = None,
+    calibration_cache: Annotated[Path | None, typer.Option(help="TensorRT calibration cache, for int8.")] = None,
+    route: RouteOption = None,
+    backend: BackendOption = None,
+    config: ConfigOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Build an engine."""
+    if model is None:
+        settings = _load(config, overrides, backend, route)
+        with _run(settings, build_dir, force) as work:
+            for each in _precisions(settings, precision):
+                print(work.engine(each) / "model.engine")
+        return
+    from pipeline.artifacts import sha256_file
+    from pipeline.config import EngineConfig
+    from pipeline.errors import ConfigError
+    from pipeline.graph.io import load_model, read_card
+    from pipeline.stages.engine import build_engine_file
+
+    (chosen, *others) = (_precision(name) for name in _required(precision, "-p PRECISION"))
+    if others:
+        raise ConfigError("one file is built at a time", expected="one -p", got=" ".join(precision or ()))
+    target = _required(output, "-o model.engine")
+    settings_of_engine = _section(EngineConfig, {"backend": backend or "auto", "route": route or "auto"})
+    table = _read_table(calibration_cache) if calibration_cache else None
+    cache_sha256 = sha256_file(calibration_cache) if calibration_cache else None
+    card = read_card(load_model(model))
+    build_engine_file(model, chosen, settings_of_engine, table, cache_sha256, card, target)
+    print(target)
+
+
+@app.command()
+def validate(
+    model: Annotated[Path | None, typer.Argument(help="CLEAN.onnx, instead of -c.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="model.engine, or a typed ONNX graph.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Folder of label maps.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report and pictures.")] = Path(
+        "validation"
+    ),
+    precision: PrecisionsOption = None,
+    backend: BackendOption = None,
+    config: ConfigOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Judge precisions against FP32 on ONNX Runtime, and against labels."""
+    if model is None:
+        settings = _load(config, overrides, backend)
+        precisions = _precisions(settings, precision)
+        with _run(settings, build_dir, force) as work:
+            for each in precisions:
+                work.validate(each)
+            _print_verdict(work, precisions, None, json)
+            work.verdict(precisions)
+        return
+    _validate_files(model, _required(engine, "--engine FILE"), _required(images, "--images DIR"), labels, output)
+
+
+@app.command()
+def benchmark(
+    config: ConfigOption = None,
+    precision: PrecisionsOption = None,
+    backend: BackendOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Time everything that runs on this machine."""
+    settings = _load(config, overrides, backend)
+    with _run(settings, build_dir, force) as work:
+        timings = work.benchmark(_precisions(settings, precision))
+    if json:
+        _print_json(timings)
+        return
+    rows = [
+        (t.name, str(t.batch), f"{t.device.p50_ms:.3f}" if t.device else "–", f"{t.end_to_end.p50_ms:.3f}")
+        for t in timings.timings
+    ]
+    _print_table(("candidate", "batch", "GPU p50, ms", "end to end p50, ms"), rows)
+    for name, why in timings.not_run.items():
+        print(f"{name}: not measured. {why}")
+
+
+@app.command()
+def regress(
+    config: ConfigOption = None,
+    baseline: Annotated[Path | None, typer.Option(help="Default: baselines/<config>.json.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Accept the figures as the new baseline.")] = False,
+    precision: PrecisionsOption = None,
+    backend: BackendOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+) -> None:
+    """Compare a run's figures with the committed baseline."""
+    from pipeline.stages.regress import regress as compare
+
+    settings = _load(config, overrides, backend)
+    with _run(settings, build_dir, False) as work:
+        reports = [work.validate(each) for each in _precisions(settings, precision)]
+    differences = compare(settings.name, reports, baseline or Path("baselines", f"{settings.name}.json"), update=update)
+    rows = [
+        (d.figure, "–" if d.baseline is None else f"{d.baseline:.4f}", "–" if d.now is None else f"{d.now:.4f}")
+        for d in differences
+    ]
+    _print_table(("figure", "baseline", "now"), rows)
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: the config's network.weights.")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Train the network from scratch and write its weights with a card."""
+    from pipeline.stages.train import train as train_network
+
+    settings = _load(config, overrides)
+    target = _required(output or settings.network.weights, "-o WEIGHTS.safetensors")
+    result = train_network(settings, target)
+    print(f"{target}: mIoU {result.mean_iou_half:.4f} in {result.seconds:.0f} s")
+
+
+# ---------------------------------------------------------------------- models in use
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="MODEL.engine or MODEL.onnx.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for masks and overlays.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Load an engine without its manifest's approval.")] = False,
+) -> None:
+    """Images in, masks out."""
+    from pipeline.opening import open_model
+    from pipeline.stages.predict import predict as predict_images
+
+    runner, card = open_model(model, trust=trust)
+    with runner:
+        count = predict_images(runner, _present(card, model), inputs, output, overwrite=overwrite)
+    print(f"{count} mask(s) in {output}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An .onnx, .engine, .cache or .json file.")], json: JsonOption = False
+) -> None:
+    """Say what a file holds."""
+    from pipeline.inspection import inspect_file
+
+    _print_facts(inspect_file(file), json)
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Say what this machine can do, and why not."""
+    from pipeline.inspection import examine_machine
+
+    _print_facts(examine_machine(), json)
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def _load(
+    config: Path | None, overrides: Sequence[str] | None, backend: str | None = None, route: str | None = None
+) -> Config:
+    from pipeline.config import load_config
+
+    extra = [f"engine.{key}={value}" for key, value in (("backend", backend), ("route", route)) if value]
+    return load_config(_required(config, "-c CONFIG"), [*(overrides or []), *extra])
+
+
+def _run(config: Config, build: Path, force: bool) -> Run:
+    from pipeline.run import Run
+
+    return Run(config, build, force=force)
+
+
+def _precision(name: str) -> Precision:
+    from pipeline.config import PRECISIONS
+    from pipeline.errors import ConfigError
+
+    for precision in PRECISIONS:
+        if precision == name:
+            return precision
+    raise ConfigError(f"there is no precision {name!r}", expected=", ".join(PRECISIONS), got=name)
+
+
+def _precisions(config: Config, names: Sequence[str] | None) -> tuple[Precision, ...]:
+    return tuple(dict.fromkeys(_precision(name) for name in names)) if names else config.engine.precisions
+
+
+def _required(value: Any, option: str) -> Any:
+    from pipeline.errors import ConfigError
+
+    if value is None:
+        raise ConfigError(f"{option} is missing", expected=option, fix="see --help of this command")
+    return value
+
+
+def _section(model: Any, values: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from pipeline.errors import ConfigError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{first['loc'][0]}: {first['msg']}", got=str(first["input"])) from error
+
+
+def _read_table(cache: Path) -> Any:
+    from pipeline.calibration.table import CalibrationTable
+    from pipeline.errors import CalibrationError
+
+    try:
+        text = cache.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read the calibration cache {cache}: {error}", fix="check the path") from error
+    return CalibrationTable.from_cache(text, str(cache))
+
+
+def _card_of(model: Path) -> Any:
+    from pipeline.graph.io import load_model, read_card
+
+    return _present(read_card(load_model(model)), model)
+
+
+def _present(card: Any, model: Path) -> Any:
+    from pipeline.errors import ModelError
+
+    if card is None:
+        raise ModelError(
+            f"{model} does not say how images are preprocessed",
+            expected="the metadata that `unet-trt export` writes",
+            fix="name the file as network.onnx in a configuration, and use the exported model.onnx",
+        )
+    return card
+
+
+def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None, output: Path) -> None:
+    from pipeline.artifacts import replaced_folder
+    from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+    from pipeline.config import ValidateConfig
+    from pipeline.data.dataset import image_folder
+    from pipeline.errors import CheckFailed
+    from pipeline.opening import describe_candidate, open_model
+    from pipeline.stages.validate import validate as judge
+
+    card = _card_of(model)
+    dataset = image_folder(images, card.preprocessing.channels, labels)
+    candidate, _ = open_model(engine)
+    with OnnxRuntimeRunner(model) as reference, candidate, replaced_folder(output) as folder:
+        verdict = judge(
+            reference,
+            candidate,
+            describe_candidate(engine),
+            dataset,
+            card,
+            ValidateConfig(),
+            folder,
+            str(model.resolve()),
+        )
+    _print_table(
+        ("check", "value", "bound", "result"),
+        [
+            (
+                c.name,
+                "not finite" if c.value is None else f"{c.value:.5g}",
+                f"{c.bound:g}",
+                "passed" if c.passed else "failed",
+            )
+            for c in verdict.checks
+        ],
+    )
+    if not verdict.passed:
+        raise CheckFailed(f"{engine} failed; see {output / 'report.json'}")
+
+
+def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None, json: bool) -> None:
+    reports = [work.validate(precision) for precision in precisions]
+    if json:
+        _print_json(reports)
+        return
+    rows = []
+    for r in reports:
+        drop = None if r.scores is None or r.reference is None else r.scores.mean_iou - r.reference.mean_iou
+        rows.append(
+            (
+                r.candidate.precision,
+                f"{r.scores.mean_iou:.4f}" if r.scores else "no labels",
+                "–" if drop is None else f"{drop:+.4f}",
+                f"{100 * r.agreement:.3f} %",
+                "not finite" if r.max_abs_error is None else f"{r.max_abs_error:.3g} of {r.logit_range:.3g}",
+                r.candidate.ran + (", emulated" if r.candidate.emulated else ""),
+                "passed" if r.passed else "FAILED",
+            )
+        )
+    headings = ("precision", "mIoU", "against FP32", "same class as FP32", "largest logit error", "ran on", "verdict")
+    _print_table(headings, rows)
+    if any(r.candidate.emulated for r in reports):
+        print("emulated: the engine was built but cannot run here; its typed graph ran on ONNX Runtime instead")
+    if page is not None:
+        print(f"report: {page}\nmasks:  {work.folder / 'validate'}/<precision>/overlays")
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    # Piped output has no width of its own; a narrow guess would cut the cells.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+
+
+def _print_facts(facts: Any, json: bool) -> None:
+    import json as writer
+
+    if json:
+        print(writer.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, item in value.items():
+                print(f"  {key}: {item}")
+        else:
+            print(f"{name}: {value}")
+
+
+def _print_json(value: Any) -> None:
+    from pydantic import TypeAdapter
+
+    print(TypeAdapter(type(value)).dump_json(value, indent=2).decode())
+
+
+def _set_up_logging(debug: bool, quiet: bool) -> None:
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s" if debug else "%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(level)
+    log.propagate = False

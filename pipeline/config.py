@@ -1,0 +1,353 @@
+"""The models of ``configs/*.yaml``: unknown keys, wrong types and impossible combinations end in ConfigError.
+
+Relative paths in a file are relative to that file; relative paths given with ``--set`` are relative to the current
+folder. ``$NAME`` and ``${NAME}`` in a path are replaced from the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from pipeline.errors import ConfigError
+
+Precision = Literal["fp32", "fp16", "int8"]
+BackendName = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
+Route = Literal["auto", "implicit", "explicit"]
+Axis = Literal["batch", "height", "width"]
+Algorithm = Literal["entropy", "minmax"]
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PATH_KEYS = ("network.weights", "network.onnx", "data.root")
+
+
+def _resolve(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base", Path.cwd())
+    text = os.path.expandvars(str(path))
+    unset = re.findall(r"\$\{?(\w+)\}?", text)
+    if unset:
+        raise ValueError(f"the environment variable {unset[0]} is not set")
+    return Path(base, text).resolve()
+
+
+ConfigPath = Annotated[Path, AfterValidator(_resolve)]
+Colour = tuple[
+    Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+]
+
+
+class Strict(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkConfig(Strict):
+    """Where the network comes from: a torch factory with weights, or an ONNX file."""
+
+    factory: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="package.module:callable")
+    arguments: dict[str, Any] = {}
+    weights: ConfigPath | None = None
+    onnx: ConfigPath | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> NetworkConfig:
+        if (self.factory is None) == (self.onnx is None):
+            raise ValueError("give either factory (with weights) or onnx, not both")
+        if self.onnx is not None and (self.weights or self.arguments):
+            raise ValueError("weights and arguments belong to factory; an onnx file holds its own weights")
+        return self
+
+
+class PreprocessingConfig(Strict):
+    """Image (uint8, HWC) to network input (float32, CHW): resize, channel order, ``(x * scale - mean) / std``."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    resize: Literal["stretch", "letterbox", "none"] = "none"
+    channels: Literal["grey", "rgb", "bgr"] = "rgb"
+    scale: float = Field(1 / 255, gt=0)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    pad_value: int = Field(0, ge=0, le=255)
+
+    @property
+    def channel_count(self) -> int:
+        return 1 if self.channels == "grey" else 3
+
+    @model_validator(mode="after")
+    def _lengths(self) -> PreprocessingConfig:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channel_count):
+                raise ValueError(f"{name} needs 1 or {self.channel_count} values for channels: {self.channels}")
+        return self
+
+
+class ClassConfig(Strict):
+    """One class of the label maps; its id is its place in the list."""
+
+    name: str
+    colour: Colour
+
+
+class SplitConfig(Strict):
+    """Folders of one split, relative to ``data.root``; labels may be absent where none are needed."""
+
+    images: str
+    labels: str | None = None
+
+
+class DataConfig(Strict):
+    """The images that the network is trained, calibrated and validated on."""
+
+    kind: Literal["cells", "folder"]
+    classes: tuple[ClassConfig, ...] = Field(min_length=2, max_length=255)
+    void: int | None = Field(None, ge=0, le=255, description="label value that no metric counts")
+    label_values: dict[int, int] | None = Field(None, description="value in the label file -> class id; default: equal")
+    seed: int = 0
+    root: ConfigPath | None = None
+    train: SplitConfig | None = None
+    validation: SplitConfig | None = None
+    calibration: SplitConfig | None = Field(None, description="default: a seeded choice of the training images")
+    validation_fraction: float = Field(0.2, gt=0, lt=1, description="of train, where no validation split is named")
+    train_images: int = Field(400, gt=0, description="cells only")
+    validation_images: int = Field(32, gt=0, description="cells only")
+
+    @model_validator(mode="after")
+    def _kind(self) -> DataConfig:
+        if self.kind == "folder" and (self.root is None or self.train is None):
+            raise ValueError("kind: folder needs root and train")
+        if self.kind == "cells" and (self.root or self.train or self.validation or self.calibration):
+            raise ValueError("kind: cells is generated; root, train, validation and calibration belong to kind: folder")
+        if self.void is not None and self.void < len(self.classes):
+            raise ValueError(f"void is {self.void}, which is the id of class {self.classes[self.void].name!r}")
+        return self
+
+
+class ExportConfig(Strict):
+    """torch -> ONNX."""
+
+    opset: int = Field(19, ge=11, le=23)
+    exporter: Literal["dynamo", "torchscript"] = "dynamo"
+    batch: int = Field(1, gt=0, description="of a static graph, and the example of a dynamic one")
+    dynamic: tuple[Axis, ...] = ()
+    compare_images: int = Field(2, gt=0, description="images on which torch and ONNX Runtime are compared")
+    tolerance: float = Field(1e-3, gt=0, description="max |torch - onnx| / max |torch|")
+
+
+class CleanConfig(Strict):
+    """Graph rewriting; ``tolerance`` is the largest accepted change of any output, relative to its largest value."""
+
+    tolerance: float = Field(1e-5, gt=0)
+
+
+class CalibrateConfig(Strict):
+    """How activation ranges are chosen."""
+
+    algorithm: Algorithm = "entropy"
+    calibrator: Literal["pipeline", "tensorrt"] = "pipeline"
+    images: int = Field(32, gt=0)
+    bins: int = Field(2048, ge=256)
+    seed: int = 0
+
+
+class ProfileRange(Strict):
+    """Sizes of one dynamic axis that an engine accepts."""
+
+    min: int = Field(gt=0)
+    opt: int = Field(gt=0)
+    max: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ProfileRange:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"needs min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class EngineConfig(Strict):
+    """ONNX -> engine."""
+
+    precisions: tuple[Precision, ...] = Field(PRECISIONS, min_length=1)
+    backend: BackendName = "auto"
+    route: Route = "auto"
+    workspace_mib: int = Field(4096, gt=0)
+    optimization_level: int = Field(3, ge=0, le=5)
+    tf32: bool = False
+    timing_cache: bool = True
+    profile: dict[Axis, ProfileRange] = {}
+    exclude: tuple[str, ...] = Field((), description="node name patterns that stay unquantized on the explicit route")
+
+
+class Tolerance(Strict):
+    """When a precision counts as good enough, against FP32 on ONNX Runtime.
+
+    ``atol``, ``rtol`` and ``statistic`` are Polygraphy's: an element fails only where it exceeds both; a statistic
+    other than ``elemwise`` is compared instead of every element.
+    """
+
+    atol: float = Field(ge=0)
+    rtol: float = Field(ge=0)
+    statistic: Literal["elemwise", "max", "mean", "median", "quantile"] = "elemwise"
+    quantile: float = Field(0.99, gt=0, le=1)
+    min_agreement: float = Field(ge=0, le=1, description="share of pixels with FP32's class")
+    max_miou_drop: float = Field(ge=0, le=1, description="fraction of 1, against FP32's mIoU on the labels")
+
+
+DEFAULT_TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(atol=1e-3, rtol=1e-3, min_agreement=0.9995, max_miou_drop=0.0005),
+    "fp16": Tolerance(atol=0.1, rtol=0.01, statistic="quantile", min_agreement=0.998, max_miou_drop=0.002),
+    "int8": Tolerance(atol=1.0, rtol=0.1, statistic="mean", min_agreement=0.97, max_miou_drop=0.01),
+}
+
+
+class ValidateConfig(Strict):
+    """Which images judge an engine, and the bounds."""
+
+    images: int | None = Field(None, gt=0, description="the first N validation images; default: all")
+    pictures: int = Field(4, ge=0, description="images whose masks and overlays are written")
+    saved_runs: int = Field(2, ge=0, description="images whose raw outputs are saved as Polygraphy JSON")
+    tolerances: dict[Precision, Tolerance] = {}
+
+    def tolerance(self, precision: Precision) -> Tolerance:
+        return self.tolerances.get(precision, DEFAULT_TOLERANCES[precision])
+
+
+class BenchmarkConfig(Strict):
+    """How long each candidate is timed."""
+
+    seconds: float = Field(3.0, gt=0, description="per candidate, after warm-up")
+    warmup_seconds: float = Field(0.5, ge=0)
+
+
+class TrainConfig(Strict):
+    """Recipe of ``unet-trt train``."""
+
+    steps: int = Field(1500, gt=0)
+    batch: int = Field(4, gt=0)
+    crop: tuple[int, int] | None = Field(None, description="height, width; default: whole images")
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    dice_weight: float = Field(0.5, ge=0)
+    class_weights: tuple[float, ...] | None = None
+    augment: tuple[Literal["flip_horizontal", "flip_vertical", "rotate", "brightness", "scale", "elastic"], ...] = ()
+    seed: int = 0
+
+
+class Config(Strict):
+    """One network and its data, from weights to verdict."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    network: NetworkConfig
+    data: DataConfig
+    preprocessing: PreprocessingConfig
+    export: ExportConfig = ExportConfig()
+    clean: CleanConfig = CleanConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    engine: EngineConfig = EngineConfig()
+    validate_: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        missing = [axis for axis in self.export.dynamic if axis not in self.engine.profile]
+        if missing:
+            raise ValueError(
+                f"export.dynamic names {missing[0]}, so engine.profile.{missing[0]} needs min, opt and max"
+            )
+        extra = [axis for axis in self.engine.profile if axis not in self.export.dynamic]
+        if extra and self.network.onnx is None:
+            raise ValueError(f"engine.profile.{extra[0]} is given, but export.dynamic does not name {extra[0]}")
+        if self.engine.route == "implicit" and self.engine.backend in ("tensorrt-rtx", "onnxruntime"):
+            raise ValueError(f"route: implicit needs a TensorRT with calibrators, not backend: {self.engine.backend}")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file and apply ``a.b=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest valid one), wrong type, impossible combination.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}",
+            expected="a YAML file such as configs/cells.yaml",
+            fix="check -c / CONFIG=",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}", fix="correct the file at the place named") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path} holds no mapping", expected="keys such as name, network, data", got=type(raw).__name__
+        )
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Config.model_validate(raw, context={"base": path.resolve().parent})
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{path} is not a valid configuration", *_explain(error)])) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} is not an assignment", expected="--set section.key=value", got=override)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: the value is not valid YAML", got=text) from error
+    if key in PATH_KEYS and isinstance(value, str):
+        value = str(Path.cwd() / Path(value).expanduser())
+    *parents, last = key.split(".")
+    target = raw
+    for parent in parents:
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {parent} holds no keys", got=f"{parent}: {child!r}")
+        target = child
+    target[last] = value
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "the whole"
+        if item["type"] == "extra_forbidden":
+            known = _keys_at(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"  {where}: unknown key; {hint}")
+        else:
+            got = "" if item["type"] == "missing" or not item["loc"] else f" (got {str(item['input'])[:120]!r})"
+            lines.append(f"  {where}: {item['msg'].removeprefix('Value error, ')}{got}")
+        if item["loc"] == ("data", "root"):
+            lines.append("  to fix: set the variable, or give --set data.root=FOLDER")
+    return lines
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        fields = {f.alias or name: f.annotation for name, f in getattr(model, "model_fields", {}).items()}
+        candidates = [fields.get(str(part)), *getattr(fields.get(str(part)), "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return [f.alias or name for name, f in model.model_fields.items()] if model else []

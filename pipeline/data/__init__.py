@@ -1,0 +1,1 @@
+"""Images, label maps, splits and the one preprocessing spec."""

@@ -1,0 +1,148 @@
+"""Loading engines: the manifest is checked first, and says in one line what does not match."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import SCHEMA_VERSION, EngineManifest, from_json, sha256_bytes
+from pipeline.backends import cuda, tensorrt, tensorrt_rtx
+from pipeline.backends.runner import EngineRunner
+from pipeline.errors import BuildFolderError, EngineError, PipelineError, UnsupportedError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+REBUILD = "build the engine again on this machine"
+APIS = {"tensorrt": tensorrt.api, "tensorrt-rtx": tensorrt_rtx.api}
+
+
+def read_manifest(path: Path) -> EngineManifest:
+    """The manifest of an engine file, or of a folder that holds one, or the manifest file itself.
+
+    Raises:
+        EngineError: missing, damaged, or of another schema.
+    """
+    if path.is_dir() or path.name != MANIFEST:
+        path = (path if path.is_dir() else path.parent) / MANIFEST
+    try:
+        version = json.loads(path.read_bytes()).get("schema_version")
+    except FileNotFoundError as error:
+        raise EngineError(f"there is no {path}", expected="a manifest beside the engine", fix=REBUILD) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise EngineError(f"{path} is not a readable manifest: {error}", fix=REBUILD) from error
+    if version != SCHEMA_VERSION:
+        raise EngineError(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}", fix=f"{REBUILD} and program"
+        )
+    try:
+        return from_json(EngineManifest, path)
+    except BuildFolderError as error:
+        raise EngineError(error.problem, expected=error.expected, got=error.got, fix=REBUILD) from error
+
+
+def load_engine(path: Path, *, trust: bool = False) -> EngineRunner:
+    """Load an engine whose manifest matches the file, the installed library and this GPU.
+
+    Nothing of the engine is interpreted before every check has passed: deserialising executes what is in it.
+
+    Args:
+        path: of ``model.engine``; its manifest lies beside it.
+        trust: load it although it lacks a manifest or does not match (each mismatch is logged as a warning).
+
+    Raises:
+        EngineError: naming, in its first line, what does not match.
+        UnsupportedError: its library is not installed, or there is no GPU that it runs on.
+    """
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"cannot read the engine {path}: {error.strerror}", fix="check the path") from error
+    try:
+        manifest = read_manifest(path)
+        _check_file(path, plan, manifest)
+    except EngineError as error:
+        if not trust:
+            raise
+        log.warning("%s", error.problem)
+        try:
+            manifest = read_manifest(path)
+        except EngineError:
+            return EngineRunner(_any_api(), plan)
+    trt = _api(path, manifest)
+    try:
+        check_machine(path, manifest, trt.__version__)
+    except EngineError as error:
+        if not trust:
+            raise
+        log.warning("%s", error.problem)
+    return EngineRunner(trt, plan, axes={spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)})
+
+
+def check_machine(path: Path, manifest: EngineManifest, version: str) -> None:
+    """Compare what the engine was built with and for against the library's version and this GPU.
+
+    Raises:
+        EngineError: another version of the library, another GPU or another driver.
+        UnsupportedError: no GPU, or, for engines built ahead of time, none of their targets.
+    """
+    if manifest.backend_version != version:
+        raise EngineError(
+            f"{path} was built with {manifest.backend} {manifest.backend_version}, installed is {version}", fix=REBUILD
+        )
+    here = cuda.current_device()
+    if manifest.target_capabilities:
+        if here.compute_capability not in manifest.target_capabilities:
+            raise UnsupportedError(
+                f"{path} runs on compute capability {', '.join(manifest.target_capabilities)}, "
+                f"this GPU ({here.name}) has {here.compute_capability}",
+                fix="use --backend tensorrt on this GPU, or run the engine on one of its targets",
+            )
+        return
+    built = manifest.device
+    if built is None:
+        raise EngineError(f"the manifest of {path} names no GPU", expected="the GPU it was built on", fix=REBUILD)
+    pairs = [
+        ("on a", built.name, here.name),
+        ("for compute capability", built.compute_capability, here.compute_capability),
+        ("with driver", built.driver, here.driver),
+    ]
+    for what, then, now in pairs:
+        if then != now:
+            raise EngineError(f"{path} was built {what} {then}, this machine has {now}", fix=REBUILD)
+
+
+def _check_file(path: Path, plan: bytes, manifest: EngineManifest) -> None:
+    if sha256_bytes(plan) != manifest.engine_sha256:
+        raise EngineError(
+            f"{path} is not the file that its manifest describes: it was changed, truncated or replaced",
+            expected=f"sha256 {manifest.engine_sha256}",
+            got=f"sha256 {sha256_bytes(plan)}, {len(plan)} bytes",
+            fix="build the engine again, or restore the file together with its manifest",
+        )
+
+
+def _api(path: Path, manifest: EngineManifest) -> Any:
+    if manifest.backend not in APIS:
+        raise EngineError(
+            f"{path} names the backend {manifest.backend}", expected=" or ".join(APIS), fix="check manifest.json"
+        )
+    try:
+        return APIS[manifest.backend]()
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"{path} needs {manifest.backend} {manifest.backend_version}: {error.problem}", fix=error.fix
+        ) from error
+
+
+def _any_api() -> Any:
+    """The library of an engine without a manifest: whichever is installed, TensorRT first."""
+    refused = []
+    for load in APIS.values():
+        try:
+            return load()
+        except PipelineError as error:
+            refused.append(error.problem)
+    raise UnsupportedError("; ".join(refused), expected="TensorRT or TensorRT-RTX", fix=tensorrt.INSTALL)

@@ -1,0 +1,1 @@
+"""Graph rewriting over onnx-graphsurgeon."""

@@ -1,0 +1,331 @@
+"""What a rewriting pass is, and how a list of them runs to a fixed point.
+
+A pass rewrites an onnx-graphsurgeon graph in place. Graphsurgeon drops what its own classes do not know (metadata of
+models, nodes and values, attribute kinds, operator overloads); ``import_graph`` keeps the protobuf messages beside the
+graph and ``export_graph`` puts everything back that no pass has changed.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import SparseValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from pipeline.errors import ModelError, PipelineError
+from pipeline.graph.shapes import set_value_info
+
+Fired = tuple[str, str]
+MAX_ROUNDS = 10
+# Initializers outside the input list need this IR version.
+UNLISTED_IR = 4
+STANDARD = (None, "", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one call of a pass did: the rules that fired, each with the name of the node (or tensor) it fired on."""
+
+    modified: bool
+    fired: tuple[Fired, ...] = ()
+
+    @classmethod
+    def of(cls, fired: Sequence[Fired]) -> PassResult:
+        return cls(bool(fired), tuple(fired))
+
+
+class Pass(ABC):
+    """A named rewrite: ``requires`` → ``call`` → ``ensures``.
+
+    A subclass's docstring numbers its rewrite rules and says when they do not fire. ``call`` rewrites the graph in
+    place and must report every change; a pass that reports a change in every round never converges. Attribute values
+    are replaced in ``node.attrs``, never changed in place.
+    """
+
+    name: ClassVar[str]
+
+    def requires(self, graph: gs.Graph) -> None:  # noqa: B027 - most passes ask for nothing
+        """Raise ModelError where the graph is not what ``call`` needs."""
+
+    @abstractmethod
+    def call(self, graph: gs.Graph) -> PassResult: ...
+
+    def ensures(self, graph: gs.Graph) -> None:  # noqa: B027 - most passes promise nothing beyond their rules
+        """Raise ModelError where ``call`` did not leave what it promises."""
+
+    def __call__(self, graph: gs.Graph) -> PassResult:
+        self.requires(graph)
+        result = self.call(graph)
+        self.ensures(graph)
+        return result
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One execution of a pass within ``run_passes``; rounds count from 1."""
+
+    name: str
+    round: int
+    result: PassResult
+    seconds: float
+
+
+def run_passes(
+    model: ModelProto, passes: Sequence[Pass], *, max_rounds: int = MAX_ROUNDS, stop_after: int | None = None
+) -> tuple[ModelProto, tuple[PassRun, ...]]:
+    """Run the passes in order, again and again, until a whole round changes nothing.
+
+    Args:
+        model: not changed.
+        passes: in the order in which they run.
+        max_rounds: rounds after which the passes count as fighting each other.
+        stop_after: stop after this many executions that changed the graph (to find out which one broke it).
+
+    Returns:
+        The rewritten model with value_info inferred anew, or an untouched copy where no pass changed anything; and
+        every execution of a pass.
+
+    Raises:
+        ModelError: a pass failed (named), or no fixed point within ``max_rounds``.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    if stop_after == 0:
+        return copy, ()
+    with G_LOGGER.suppress():  # it prints to stdout, where results belong
+        graph = import_graph(copy)
+        runs: list[PassRun] = []
+        changes = 0
+        for number in range(1, max_rounds + 1):
+            before = changes
+            for step in passes:
+                start = time.perf_counter()
+                result = _call(step, graph)
+                runs.append(PassRun(step.name, number, result, time.perf_counter() - start))
+                changes += result.modified
+                if changes == stop_after:
+                    return _finish(graph, copy), tuple(runs)
+            if changes == before:
+                break
+        else:
+            fighting = [run.name for run in runs if run.round == max_rounds and run.result.modified]
+            raise ModelError(
+                f"cleaning does not come to an end: {', '.join(fighting)} still change the graph in round {max_rounds}",
+                expected="a round without changes",
+                fix="report the model; it is a defect of these passes",
+            )
+        if not changes:
+            unchanged = ModelProto()
+            unchanged.CopyFrom(model)
+            return unchanged, tuple(runs)
+        return _finish(graph, copy), tuple(runs)
+
+
+def _call(step: Pass, graph: gs.Graph) -> PassResult:
+    try:
+        return step(graph)
+    except PipelineError:
+        raise
+    except Exception as error:  # whatever a library throws here, the pass is at fault and has to be named
+        raise ModelError(
+            f"the cleaning pass {step.name} failed: {type(error).__name__}: {error}",
+            fix="report the model; --debug shows where the pass failed",
+        ) from error
+
+
+def _finish(graph: gs.Graph, shell: ModelProto) -> ModelProto:
+    model = export_graph(graph, shell)
+    set_value_info(model)
+    return model
+
+
+def import_graph(model: ModelProto) -> gs.Graph:
+    """The model as a graphsurgeon graph. It shares tensors with ``model``, which belongs to the graph from now on.
+
+    Raises:
+        ModelError: graphsurgeon cannot read the model.
+    """
+    try:
+        graph = gs.import_onnx(model)
+    except Exception as error:  # graphsurgeon raises what its parts raise: no class in common
+        raise ModelError(f"onnx-graphsurgeon cannot read the graph: {error}", fix="export the model again") from error
+    _remember(graph, model.graph)
+    inputs = {value.name for value in model.graph.input}
+    used = set(graph.tensors()) | {name for sub in graph.subgraphs(recursive=True) for name in sub.tensors()}
+    graph.listed_initializers = [t.name for t in model.graph.initializer if t.name in inputs]
+    graph.unused_initializers = [t.name for t in model.graph.initializer if t.name not in used]
+    return graph
+
+
+def export_graph(graph: gs.Graph, shell: ModelProto) -> ModelProto:
+    """The graph as a model with everything but the graph taken from ``shell``; value_info is left empty."""
+    model = ModelProto()
+    for field, value in shell.ListFields():
+        if field.name in ("graph", "opset_import"):
+            continue
+        if isinstance(value, (int, str)):
+            setattr(model, field.name, value)
+        else:
+            getattr(model, field.name).extend(value)
+    model.ir_version = max(shell.ir_version, UNLISTED_IR)
+    model.opset_import.extend(graph.import_domains or shell.opset_import)
+    model.graph.CopyFrom(_export(graph, set()))
+    return model
+
+
+def _remember(graph: gs.Graph, proto: GraphProto) -> None:
+    graph.origin = proto
+    for node, origin in zip(graph.nodes, proto.node, strict=True):
+        node.origin, node.imported = origin, dict(node.attrs)
+        graphs = {attribute.name: attribute.g for attribute in origin.attribute}
+        for key, value in node.attrs.items():
+            if isinstance(value, gs.Graph):
+                _remember(value, graphs[key])
+
+
+def _export(graph: gs.Graph, outer: set[int]) -> GraphProto:
+    origin: GraphProto = getattr(graph, "origin", None) or GraphProto()
+    proto = GraphProto(name=graph.name, doc_string=origin.doc_string)
+    proto.metadata_props.extend(origin.metadata_props)
+    proto.input.extend(_value(tensor, origin.input) for tensor in graph.inputs)
+    proto.output.extend(_value(tensor, origin.output) for tensor in graph.outputs)
+    constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant) and id(t) not in outer]
+    for tensor in constants:
+        if is_sparse(tensor):
+            proto.sparse_initializer.append(OnnxExporter.export_sparse_tensor_proto(tensor))
+        else:
+            proto.initializer.append(OnnxExporter.export_tensor_proto(tensor))
+    known = outer | {id(tensor) for tensor in constants}
+    proto.node.extend(_export_node(node, known) for node in graph.nodes)
+    names = {tensor.name for tensor in graph.tensors().values()}
+    proto.quantization_annotation.extend(a for a in origin.quantization_annotation if a.tensor_name in names)
+    return proto
+
+
+def _export_node(node: gs.Node, outer: set[int]) -> NodeProto:
+    origin: NodeProto | None = getattr(node, "origin", None)
+    imported: dict[str, Any] = getattr(node, "imported", {})
+    proto = NodeProto(op_type=node.op, name=node.name)
+    if node.domain is not None:
+        proto.domain = node.domain
+    proto.input.extend(tensor.name for tensor in node.inputs)
+    proto.output.extend(tensor.name for tensor in node.outputs)
+    kept: dict[str, AttributeProto] = {}
+    if origin is not None:
+        proto.doc_string, proto.overload = origin.doc_string, origin.overload
+        proto.metadata_props.extend(origin.metadata_props)
+        kept = {attribute.name: attribute for attribute in origin.attribute}
+        # Attributes that graphsurgeon skipped at import (sparse tensors, types) are in no dictionary.
+        proto.attribute.extend(attribute for name, attribute in kept.items() if name not in imported)
+    for key, value in node.attrs.items():
+        if isinstance(value, gs.Graph):
+            attribute = AttributeProto(name=key, type=AttributeProto.GRAPH)
+            attribute.g.CopyFrom(_export(value, outer))
+            proto.attribute.append(attribute)
+        elif key in kept and value is imported.get(key):
+            proto.attribute.append(kept[key])
+        else:
+            proto.attribute.extend(OnnxExporter.export_attributes({key: value}))
+    return proto
+
+
+def _value(tensor: gs.Tensor, origins: Sequence[ValueInfoProto]) -> ValueInfoProto:
+    for origin in origins:
+        if origin.name == tensor.name:
+            return origin
+    value: ValueInfoProto = OnnxExporter.export_value_info_proto(tensor, False)
+    return value
+
+
+# Helpers that passes share. Graphsurgeon compares tensors by name, so identity is tested with ``is`` throughout.
+
+
+def is_standard(node: gs.Node, *ops: str) -> bool:
+    """Whether the node is one of these operators of ONNX's own domain."""
+    return node.op in ops and node.domain in STANDARD
+
+
+def is_sparse(tensor: gs.Tensor) -> bool:
+    return isinstance(getattr(tensor, "_values", None), SparseValues)
+
+
+def constant_value(tensor: gs.Tensor | None) -> Any:
+    """The numpy array of an initializer; None for anything else."""
+    if isinstance(tensor, gs.Constant) and not is_sparse(tensor):
+        return tensor.values
+    return None
+
+
+def input_at(node: gs.Node, slot: int) -> gs.Tensor | None:
+    """The tensor in an input slot; None where it is omitted."""
+    if slot < len(node.inputs) and not node.inputs[slot].is_empty():
+        return node.inputs[slot]
+    return None
+
+
+def label(node: gs.Node) -> str:
+    """The node's name, or what stands for it in a report."""
+    if node.name:
+        return str(node.name)
+    return f"{node.op} -> {node.outputs[0].name}" if node.outputs else str(node.op)
+
+
+def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether the tensor leaves the graph, or a subgraph that captured it."""
+    return any(t is tensor for t in graph.outputs) or any(
+        t.name == tensor.name for sub in graph.subgraphs(recursive=True) for t in sub.outputs
+    )
+
+
+def slots(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
+    """Every (consumer, input slot) of a tensor, subgraphs included."""
+    seen: set[int] = set()
+    for node in list(tensor.outputs):
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield from [(node, slot) for slot, other in enumerate(node.inputs) if other is tensor]
+
+
+def bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor, result: gs.Tensor) -> bool:
+    """Take ``node`` out: consumers of ``result`` read ``source`` instead. False where names of outputs forbid it."""
+    if not is_output(graph, result):
+        for consumer, slot in list(slots(result)):
+            consumer.inputs[slot] = source
+        node.inputs.clear()
+        node.outputs.clear()
+        return True
+    producer = source.inputs[0] if len(source.inputs) == 1 else None
+    own_input = any(t is source for t in graph.inputs)
+    if isinstance(source, gs.Constant) or own_input or is_output(graph, source) or producer is None:
+        return False
+    if not any(other is producer for other in graph.nodes):
+        return False
+    node.inputs.clear()
+    node.outputs.clear()
+    for consumer, slot in list(slots(source)):
+        consumer.inputs[slot] = result
+    position = next(i for i, tensor in enumerate(producer.outputs) if tensor is source)
+    producer.outputs[position] = result
+    return True
+
+
+def remove_detached(graph: gs.Graph) -> None:
+    """Drop nodes that ``bypass`` took out."""
+    graph.nodes = [node for node in graph.nodes if node.inputs or node.outputs]
+
+
+def tensor_proto_type(tensor: gs.Tensor) -> int:
+    """ONNX element type of a tensor; UNDEFINED where it is not known."""
+    if tensor.dtype is None:
+        return int(TensorProto.UNDEFINED)
+    if isinstance(tensor.dtype, int):
+        return tensor.dtype
+    return int(onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype))

@@ -1,0 +1,82 @@
+"""The passes that turn an exported graph into the one that engines are built from, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import ModelProto
+
+from pipeline.errors import ModelError
+from pipeline.graph.base import Pass, PassRun, run_passes
+from pipeline.graph.constants import (
+    FoldBatchNorm,
+    FoldConstants,
+    LowerConstants,
+    OwnInitializers,
+    RemoveIdentities,
+    RemoveUnused,
+    UnlistInitializers,
+)
+from pipeline.graph.names import StableNames
+from pipeline.graph.padding import RemoveZeroPads
+from pipeline.graph.upsample import NormalizeResize
+
+
+def clean_passes() -> tuple[Pass, ...]:
+    """Fresh passes, in order: first what makes constants visible, then what uses them, names last."""
+    return (
+        UnlistInitializers(),
+        LowerConstants(),
+        RemoveIdentities(),
+        FoldConstants(),
+        RemoveZeroPads(),
+        NormalizeResize(),
+        FoldBatchNorm(),
+        RemoveUnused(),
+        OwnInitializers(),
+        StableNames(),
+    )
+
+
+def clean_model(
+    model: ModelProto, passes: Sequence[Pass] | None = None, *, stop_after: int | None = None
+) -> tuple[ModelProto, tuple[PassRun, ...]]:
+    """The cleaned model: valid ONNX with the same opset, inputs, outputs and metadata; and what each pass did.
+
+    Cleaning a clean model gives the same bytes.
+
+    Args:
+        model: not changed.
+        passes: default ``clean_passes()``.
+        stop_after: see ``run_passes``.
+
+    Raises:
+        ModelError: a pass failed or left an invalid graph (it is named), or the model was invalid before.
+        UnsupportedError: ONNX Runtime is not installed.
+    """
+    steps = clean_passes() if passes is None else tuple(passes)
+    cleaned, runs = run_passes(model, steps, stop_after=stop_after)
+    problem = _problem(cleaned)
+    if problem:
+        changes = [run.name for run in runs if run.result.modified]
+        broken = [i for i in range(len(changes) + 1) if _problem(run_passes(model, steps, stop_after=i)[0])]
+        guilty = f"the cleaning pass {changes[broken[0] - 1]} left" if broken and broken[0] else "the model holds"
+        raise ModelError(
+            f"{guilty} a graph that ONNX's checker refuses: {problem}",
+            expected="valid ONNX",
+            fix="export the model again; where that does not help, report it",
+        )
+    return cleaned, runs
+
+
+def _problem(model: ModelProto) -> str:
+    """What ONNX's checker says against the model; empty where it is valid."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+__all__ = ["clean_model", "clean_passes"]

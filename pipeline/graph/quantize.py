@@ -1,0 +1,213 @@
+"""A float graph as an explicit INT8 graph: QuantizeLinear/DequantizeLinear where TensorRT fuses them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from pipeline.calibration.table import CalibrationTable
+from pipeline.errors import CalibrationError, ConfigError, ModelError
+from pipeline.graph.half import to_half
+from pipeline.graph.shapes import all_names, element_type, infer, listed, set_value_info, unique
+from pipeline.graph.versions import with_opset
+
+# Axis of the output channels in the weight.
+CHANNEL_AXES = {"Conv": 0, "ConvTranspose": 1}
+# First opsets with a channel axis, and with FP16 scales.
+PER_CHANNEL_OPSET, HALF_SCALE_OPSET = 13, 19
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def quantizable_tensors(model: ModelProto, exclude: Sequence[str] = ()) -> tuple[str, ...]:
+    """Tensors whose amax ``quantize`` needs, in topological order: the data inputs of convolutions.
+
+    Raises:
+        ConfigError: a pattern of ``exclude`` matches no convolution.
+    """
+    return tuple(dict.fromkeys(node.input[0] for node in _quantizable(model, exclude)))
+
+
+def activation_tensors(model: ModelProto) -> tuple[str, ...]:
+    """Every float tensor that a complete TensorRT cache lists: inputs, then node outputs in topological order."""
+    types = {name: element_type(value) for name, value in infer(model).items()}
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    constants = {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
+    names = [value.name for value in model.graph.input if value.name not in fixed]
+    names += [name for node in model.graph.node for name in node.output if name and name not in constants]
+    return tuple(name for name in names if types.get(name) in FLOATS)
+
+
+def quantize(model: ModelProto, table: CalibrationTable, *, half: bool, exclude: Sequence[str] = ()) -> ModelProto:
+    """The graph with explicit INT8 convolutions.
+
+    1. The data input of every Conv and ConvTranspose goes through one QuantizeLinear/DequantizeLinear pair: per tensor,
+       symmetric, scale = amax / 127, zero point int8 0. Convolutions that read the same tensor share the pair; other
+       readers keep the float tensor, so no pair ever stands between a convolution and its activation.
+    2. Its weight goes through a pair of its own: symmetric per output channel (axis 0; ConvTranspose: axis 1), scale =
+       amax of the channel / 127. The weight stays a float initializer before QuantizeLinear, the form that every
+       TensorRT parser since 8.0 reads; the engine holds int8.
+    3. The bias stays float.
+
+    Not quantized: nodes that ``exclude`` names, convolutions whose weight is no initializer, every other operator.
+
+    Args:
+        model: a clean float32 graph, in whose tensor names ``table`` speaks.
+        half: start from the typed FP16 graph with FP16 scales (raises the opset to 19) instead of the float32 graph
+            with float32 scales (opset 13 at least).
+        exclude: ``fnmatch`` patterns of node names.
+
+    Raises:
+        CalibrationError: the table lacks tensors (named), belongs to another graph, or holds a range beyond FP16's.
+        ConfigError: a pattern of ``exclude`` matches no convolution.
+        ModelError: nothing to quantize, weights beyond FP16, an opset that cannot be raised.
+    """
+    chosen = _quantizable(model, exclude)
+    if not chosen and not exclude:
+        raise ModelError("the graph has no Conv or ConvTranspose with constant weights", fix="build another precision")
+    _check_table(model, table, list(dict.fromkeys(node.input[0] for node in chosen)))
+    # Convolutions are found again by position: to_half and with_opset keep their number and order.
+    picked = {node.output[0] for node in chosen}
+    marks = [node.output[0] in picked for node in _convolutions(model)]
+    tensors = [node.input[0] for node in _convolutions(model)]
+    result = with_opset(model, HALF_SCALE_OPSET if half else PER_CHANNEL_OPSET)
+    if half:
+        result = to_half(result)
+    _Quantizer(result, np.dtype(np.float16 if half else np.float32), table).run(marks, tensors)
+    set_value_info(result)
+    try:
+        onnx.checker.check_model(result, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(
+            f"the INT8 graph is not valid ONNX: {str(error).strip().splitlines()[0]}",
+            fix="build at --precision fp16, and report the model",
+        ) from error
+    return result
+
+
+class _Quantizer:
+    """Inserts the pairs into one model in place."""
+
+    def __init__(self, model: ModelProto, dtype: np.dtype[Any], table: CalibrationTable) -> None:
+        self.model, self.dtype, self.table = model, dtype, table
+        self.taken = all_names(model)
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.fresh: list[TensorProto] = []
+        self.nodes: list[NodeProto] = []
+        self.pairs: dict[str, str] = {}
+
+    def run(self, marks: Sequence[bool], tensors: Sequence[str]) -> None:
+        todo = iter(zip(marks, tensors, strict=True))
+        for node in self.model.graph.node:
+            if _is_convolution(node):
+                marked, tensor = next(todo)
+                if marked:
+                    node.input[0] = self._activation(node.input[0], tensor)
+                    node.input[1] = self._weight(node)
+            self.nodes.append(node)
+        kept = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(kept)
+        self.model.graph.initializer.extend(self.fresh)
+
+    def _activation(self, name: str, calibrated: str) -> str:
+        if name not in self.pairs:
+            scale = self._scales(np.array(self.table.scale(calibrated), np.float32))
+            if not np.isfinite(scale):
+                raise CalibrationError(
+                    f"the range of tensor {calibrated}, ±{self.table.amax[calibrated]:.4g}, is beyond FP16",
+                    expected="activations that FP16 holds",
+                    fix="use --precision fp32 for this network, or exclude its reader with engine.exclude",
+                )
+            self.pairs[name] = self._pair(name, calibrated, scale, axis=None)
+        return self.pairs[name]
+
+    def _weight(self, node: NodeProto) -> str:
+        """Weight through its pair; scales: (output channels,), or (output channels / group,) of ConvTranspose."""
+        axis = CHANNEL_AXES[node.op_type]
+        weight = numpy_helper.to_array(self.weights[node.input[1]]).astype(np.float32)
+        amax = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
+        # A channel without weights quantizes to zeros at any scale, and TensorRT refuses a scale of 0.
+        scale = self._scales(np.where(amax > 0, amax, 127.0).astype(np.float32) / np.float32(127))
+        return self._pair(node.input[1], f"{node.name}.weight" if node.name else node.input[1], scale, axis=axis)
+
+    def _scales(self, scale: NDArray[Any]) -> NDArray[Any]:
+        """Scales in the graph's type: never 0, and rounded up where FP16 has few digits left (below 6e-5)."""
+        info = np.finfo(self.dtype)
+        with np.errstate(over="ignore"):
+            rounded = scale.astype(self.dtype)
+        up = np.nextafter(rounded, self.dtype.type(np.inf))
+        rounded = np.where((scale < info.smallest_normal) & (rounded < scale), up, rounded)
+        least = info.smallest_subnormal if self.dtype == np.float16 else info.smallest_normal
+        return np.asarray(np.maximum(rounded, least), self.dtype)
+
+    def _pair(self, source: str, stem: str, scale: NDArray[Any], axis: int | None) -> str:
+        scale_name, zero_name = unique(f"{stem}.scale", self.taken), unique(f"{stem}.zero_point", self.taken)
+        self.fresh.append(numpy_helper.from_array(np.asarray(scale), scale_name))
+        self.fresh.append(numpy_helper.from_array(np.zeros(scale.shape, np.int8), zero_name))
+        integers, floats = unique(f"{stem}.int8", self.taken), unique(f"{stem}.dequantized", self.taken)
+        attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+        for op, name, value, target in (
+            ("QuantizeLinear", "quantize", source, integers),
+            ("DequantizeLinear", "dequantize", integers, floats),
+        ):
+            self.nodes.append(
+                onnx.helper.make_node(
+                    op,
+                    [value, scale_name, zero_name],
+                    [target],
+                    name=unique(f"{stem}.{name}", self.taken),
+                    **attributes,
+                )
+            )
+        return floats
+
+
+def _is_convolution(node: NodeProto) -> bool:
+    return node.op_type in CHANNEL_AXES and node.domain in ("", "ai.onnx")
+
+
+def _convolutions(model: ModelProto) -> list[NodeProto]:
+    return [node for node in model.graph.node if _is_convolution(node)]
+
+
+def _quantizable(model: ModelProto, exclude: Sequence[str]) -> list[NodeProto]:
+    constants = {tensor.name for tensor in model.graph.initializer if tensor.data_type in FLOATS}
+    nodes = [n for n in _convolutions(model) if n.input[1] in constants and n.input[0] not in constants]
+    for pattern in exclude:
+        if not any(fnmatchcase(node.name, pattern) for node in nodes):
+            close = difflib.get_close_matches(pattern, [node.name for node in nodes], n=3, cutoff=0.4)
+            raise ConfigError(
+                f"engine.exclude names {pattern!r}, which matches no convolution of the graph",
+                expected=f"names such as {', '.join(close) or listed([node.name for node in nodes], 3)}",
+                fix="correct the pattern; `unet-trt inspect` lists the nodes of a clean graph",
+            )
+    return [node for node in nodes if not any(fnmatchcase(node.name, pattern) for pattern in exclude)]
+
+
+def _check_table(model: ModelProto, table: CalibrationTable, wanted: Iterable[str]) -> None:
+    missing = [tensor for tensor in wanted if tensor not in table.amax]
+    if not missing:
+        return
+    known = set(activation_tensors(model))
+    unknown = [tensor for tensor in table.amax if tensor not in known]
+    if len(unknown) * 2 >= len(table.amax):
+        raise CalibrationError(
+            "the calibration table belongs to another graph",
+            expected=f"ranges of {listed(missing, 3)}",
+            got=f"{len(table.amax)} ranges, {len(unknown)} of them of tensors that this graph does not have"
+            + (f": {listed(unknown, 3)}" if unknown else ""),
+            fix="calibrate this graph (`unet-trt calibrate`), or clean the graph that was calibrated",
+        )
+    raise CalibrationError(
+        f"the calibration table lacks {len(missing)} of the tensors to quantize",
+        expected="a range for every tensor that a convolution reads",
+        got=f"none for {listed(missing, 10)}",
+        fix="calibrate again, or name their readers in engine.exclude",
+    )

@@ -1,0 +1,127 @@
+"""Types and shapes of every tensor of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import onnx
+from onnx import ModelProto, TensorProto, ValueInfoProto
+
+from pipeline.errors import ModelError
+
+# Shape arithmetic never needs larger tensors; weights stay out of the protobuf message that inference copies.
+LARGE = 1024
+Dims: TypeAlias = "tuple[int | str | None, ...]"
+
+
+def infer(model: ModelProto) -> dict[str, ValueInfoProto]:
+    """Element type and shape of the graph's tensors by name, initializers left out.
+
+    Values of shape tensors are propagated (``data_prop``), so sizes that a Shape/Slice/Concat chain computes are known
+    where the input's are. What the model's value_info says stands only where inference finds nothing (operators of
+    unknown domains).
+
+    Raises:
+        ModelError: the types of the graph contradict each other.
+    """
+    light = ModelProto()
+    light.CopyFrom(_without_large_initializers(model))
+    del light.graph.value_info[:]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(light, check_type=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ModelError(
+            f"the types and shapes of the graph contradict each other: {str(error).strip().splitlines()[0]}",
+            expected="a valid ONNX graph",
+            fix="export it again",
+        ) from error
+    result = {value.name: value for value in (*model.graph.input, *inferred.graph.value_info, *model.graph.output)}
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.value_info:
+        if value.name not in initializers:
+            result.setdefault(value.name, value)
+    return result
+
+
+def set_value_info(model: ModelProto) -> None:
+    """Replace the model's value_info by what inference finds."""
+    outer = {value.name for value in (*model.graph.input, *model.graph.output)}
+    values = [value for name, value in infer(model).items() if name not in outer]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(values)
+
+
+def element_type(value: ValueInfoProto | None) -> int:
+    """The ONNX element type; UNDEFINED where nothing is known."""
+    return value.type.tensor_type.elem_type if value is not None else TensorProto.UNDEFINED
+
+
+def dims(value: ValueInfoProto | None) -> Dims | None:
+    """Sizes, axis names, or None per axis; None where the rank is unknown."""
+    if value is None or not value.type.tensor_type.HasField("shape"):
+        return None
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+        for dim in value.type.tensor_type.shape.dim
+    )
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """``name``, or ``name_1``, ``name_2``, …: the first that is not taken; it is taken from now on."""
+    candidate, number = name, 0
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    taken.add(candidate)
+    return candidate
+
+
+def all_names(model: ModelProto) -> set[str]:
+    """Every node and tensor name of the graph and its subgraphs."""
+    names: set[str] = set()
+    graphs: list[onnx.GraphProto] = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        names.update(value.name for value in (*graph.input, *graph.output, *graph.initializer))
+        names.update(tensor.values.name for tensor in graph.sparse_initializer)
+        for node in graph.node:
+            names.update((node.name, *node.input, *node.output))
+            graphs.extend(subgraphs(node))
+    return names
+
+
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs in a node's attributes (branches and loop bodies)."""
+    single = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return single + [graph for attribute in node.attribute for graph in attribute.graphs]
+
+
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """The first names and how many more there are."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _without_large_initializers(model: ModelProto) -> ModelProto:
+    """The model with large initializers declared as inputs (shares no data with it)."""
+    light = ModelProto(ir_version=max(model.ir_version, 4))
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    graph = light.graph
+    graph.name = model.graph.name
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    graph.value_info.extend(model.graph.value_info)
+    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    inputs = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        size = 1
+        for dim in tensor.dims:
+            size *= dim
+        if size <= LARGE:
+            graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return light

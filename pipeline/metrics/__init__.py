@@ -1,0 +1,1 @@
+"""Segmentation and latency figures in pure numpy."""

@@ -1,0 +1,468 @@
+"""The composer: runs stages in their order, skips what is unchanged, and keeps the record in ``run.json``.
+
+A stage is skipped when its key, the versions of its tools and the hashes of its outputs are those on record. The key
+is the sha256 over the hashes of what it is made from, its slice of the config, and this program's own source. A tool
+that is not installed here cannot make anything anew, so the recorded version stands: a folder exported elsewhere is
+used as it is on a GPU host without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from pydantic.dataclasses import dataclass
+
+from pipeline.artifacts import (
+    SCHEMA_VERSION,
+    EngineManifest,
+    ModelCard,
+    build_lock,
+    from_json,
+    replaced_folder,
+    sha256_file,
+    sha256_json,
+    to_json,
+    write_atomically,
+)
+from pipeline.config import Config, Precision
+from pipeline.data.dataset import Dataset, open_dataset
+from pipeline.errors import BuildFolderError, CheckFailed, DataError
+from pipeline.reports import BenchmarkReport, Candidate, ValidationReport
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.backends.base import Runner
+    from pipeline.backends.registry import Resolved
+    from pipeline.calibration.table import CalibrationTable
+    from pipeline.data.dataset import Sample
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage made, from what, with which tools, and how long it took."""
+
+    key: str
+    tools: dict[str, str | None]
+    outputs: dict[str, str]
+    seconds: float
+    made: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """``run.json``: every stage by name (``export``, ``engine/int8``, …); output paths are relative to the folder."""
+
+    config: str
+    stages: dict[str, StageRecord]
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+
+class Run:
+    """One config in one build folder; use as a context manager, which holds the folder's lock.
+
+    Every stage's method makes sure of the stages before it, and runs at most once.
+
+    Args:
+        config: with its overrides applied.
+        build: the folder above ``<config>/``.
+        force: make every stage anew.
+    """
+
+    def __init__(self, config: Config, build: Path, *, force: bool = False) -> None:
+        self.config, self.force = config, force
+        self.folder = build / config.name
+        self.record = RunRecord(config.name, {})
+        self.card = ModelCard(config.name, config.preprocessing, config.data.classes, config.data.void)
+        self._settled: set[str] = set()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Run:
+        self._stack.enter_context(build_lock(self.folder))
+        file = self.folder / "run.json"
+        if file.is_file():
+            try:
+                self.record = from_json(RunRecord, file)
+            except BuildFolderError as error:
+                log.warning("%s; every stage runs again", error.problem)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    # ------------------------------------------------------------------ stages
+
+    def export(self) -> Path:
+        """The raw ONNX file."""
+        from pipeline.stages.export import export
+
+        network, images = self.config.network, self._validation().first(self.config.export.compare_images)
+        return (
+            self._stage(
+                "export",
+                lambda folder: export(network, self.config.export, self.card, [self._input(s) for s in images], folder),
+                config=[self.config.export, self.card, network.factory, network.arguments],
+                parents={
+                    "weights": _hash(network.weights),
+                    "onnx": _hash(network.onnx),
+                    "factory": _factory_source(network.factory),
+                    "images": images.fingerprint(),
+                },
+                tools=("torch", "onnxscript") if network.onnx is None else (),
+            )
+            / "model.onnx"
+        )
+
+    def clean(self) -> Path:
+        """The cleaned ONNX file."""
+        from pipeline.stages.clean import clean
+
+        raw = self.export()
+        return (
+            self._stage(
+                "clean",
+                lambda folder: clean(raw, folder / "model.onnx", folder / "report.json", self.config.clean.tolerance),
+                config=[self.config.clean],
+                parents={"raw": _hash(raw)},
+                tools=("onnx", "onnx-graphsurgeon", "onnxruntime"),
+            )
+            / "model.onnx"
+        )
+
+    def calibrate(self) -> Path:
+        """The calibration cache."""
+        from pipeline.stages.calibrate import calibrate, content_hashes
+
+        cleaned, config = self.clean(), self.config.calibrate
+        images = open_dataset(self.config.data, self.config.preprocessing, "calibration").choose(
+            config.images, config.seed
+        )
+        validation = self._validation()
+        tensorrt = config.calibrator == "tensorrt"
+        return (
+            self._stage(
+                "calibrate",
+                lambda folder: calibrate(
+                cleaned, images, config, self.config.preprocessing, folder, validation=content_hashes(validation)
+            ),
+                config=[config, self.config.preprocessing],
+                parents={
+                    "clean": _hash(cleaned),
+                    "images": images.fingerprint(),
+                    "validation": validation.fingerprint(),
+                },
+                tools=("onnxruntime", "numpy", *(("tensorrt",) if tensorrt else ())),
+            )
+            / "calibration.cache"
+        )
+
+    def engine(self, precision: Precision) -> Path:
+        """The folder of one engine: ``model.engine`` with its manifest, or the typed ``model.onnx`` alone."""
+        from pipeline.stages.engine import build_engine
+
+        target = self._resolved(precision)
+        cleaned = self.clean()
+        cache = self.calibrate() if precision == "int8" else None
+        timing_cache = self.folder / "timing.cache" if self.config.engine.timing_cache else None
+        return self._stage(
+            f"engine/{precision}",
+            lambda folder: build_engine(
+                cleaned, precision, self.config.engine, _table(cache), _hash(cache), self.card, folder, timing_cache
+            ),
+            config=[self.config.engine, self.card, target.identity()],
+            parents={"clean": _hash(cleaned), "cache": _hash(cache)},
+            tools=("onnx", "onnx-graphsurgeon"),
+        )
+
+    def validate(self, precision: Precision) -> ValidationReport:
+        """The verdict on one precision; a failed one is returned too, and judged again by the next run."""
+        from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+        from pipeline.stages.validate import validate
+
+        cleaned, engine, dataset = self.clean(), self.engine(precision), self._validation()
+        what, open_candidate = self._candidate(precision, engine)
+
+        def make(folder: Path) -> None:
+            with OnnxRuntimeRunner(cleaned) as reference, open_candidate() as candidate:
+                validate(
+                    reference,
+                    candidate,
+                    what,
+                    dataset,
+                    self.card,
+                    self.config.validate_,
+                    folder,
+                    "../../clean/model.onnx",
+                )
+
+        target = self._stage(
+            f"validate/{precision}",
+            make,
+            config=[
+                self.config.validate_.tolerance(precision),
+                self.config.validate_,
+                self.card,
+                what.ran,
+                what.emulated,
+            ],
+            parents={"clean": _hash(cleaned), "model": what.model_sha256, "images": dataset.fingerprint()},
+            tools=("onnxruntime", "polygraphy"),
+            keep=lambda folder: from_json(ValidationReport, folder / "report.json").passed,
+        )
+        return from_json(ValidationReport, target / "report.json")
+
+    def benchmark(self, precisions: Sequence[Precision]) -> BenchmarkReport:
+        """Latencies of what runs here. Timings are facts of their moment, but are kept while nothing changes."""
+        from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+        from pipeline.stages.benchmark import Contestant, benchmark
+
+        cleaned = self.clean()
+        name = "FP32 on ONNX Runtime, CPU"
+        contestants = [
+            Contestant(name, "host, with copies", cleaned.stat().st_size, functools.partial(OnnxRuntimeRunner, cleaned))
+        ]
+        not_run: dict[str, str] = {}
+        hashes: dict[str, str | None] = {}
+        for precision in precisions:
+            engine = self.engine(precision)
+            plan = engine / "model.engine"
+            target, what = self._resolved(precision), self._candidate(precision, engine)
+            hashes[precision] = what[0].model_sha256
+            if what[0].emulated:
+                not_run[precision] = target.capabilities.why_not_run or "no engine was built"
+            else:
+                contestants.append(Contestant(precision, "GPU, CUDA events", plan.stat().st_size, what[1]))
+        sample = self._validation()[0]
+        device = self._resolved(precisions[0]).capabilities.device
+
+        def feed(runner: Runner) -> Mapping[str, NDArray[np.float32]]:
+            import numpy as np
+
+            spec = runner.inputs[0]
+            batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+            return {spec.name: np.ascontiguousarray(np.repeat(self._input(sample)[np.newaxis], batch, axis=0))}
+
+        target_folder = self._stage(
+            "benchmark",
+            lambda folder: benchmark(contestants, not_run, feed, device, self.config.benchmark, folder),
+            config=[self.config.benchmark, list(precisions), device.name if device else None],
+            parents={"clean": _hash(cleaned), **hashes},
+            tools=("onnxruntime",),
+        )
+        return from_json(BenchmarkReport, target_folder / "report.json")
+
+    def report(self, precisions: Sequence[Precision]) -> Path:
+        """The HTML page."""
+        from pipeline.stages.report import Inputs, write_report
+
+        # What this machine lacks is said before the first minute of work, not after it.
+        for precision in precisions:
+            self._resolved(precision)
+        validations = {precision: self.validate(precision) for precision in precisions}
+        timings = self.benchmark(precisions)
+        engines = {p: self.folder / "engine" / p / "model.engine" for p in precisions}
+        built = {p: file for p, file in engines.items() if file.is_file()}
+        inputs = Inputs(
+            card=self.card,
+            validations=validations,
+            manifests={p: from_json(EngineManifest, file.with_name("manifest.json")) for p, file in built.items()},
+            benchmark=timings,
+            pictures={p: self.folder / "validate" / p for p in precisions},
+            engine_bytes={p: file.stat().st_size for p, file in built.items()},
+            provenance=self._provenance(),
+        )
+        reports = [self.folder / "validate" / p / "report.json" for p in precisions]
+        return (
+            self._stage(
+                "report",
+                lambda folder: write_report(inputs, folder),
+                config=[list(precisions)],
+                parents={str(f): _hash(f) for f in [*reports, self.folder / "benchmark" / "report.json"]},
+                tools=("jinja2",),
+            )
+            / "index.html"
+        )
+
+    def verdict(self, precisions: Sequence[Precision]) -> None:
+        """Raise CheckFailed where a precision did not pass; every report stands by then."""
+        failed = [
+            f"{p}: {check.name} {check.shown} (bound {check.bound:g})"
+            for p in precisions
+            for check in self.validate(p).checks
+            if not check.passed
+        ]
+        if failed:
+            raise CheckFailed(
+                f"{len(failed)} check(s) of {self.config.name} failed",
+                expected="every figure within its bound (validate.tolerances)",
+                got="; ".join(failed),
+                fix=f"look at {self.folder / 'report' / 'index.html'}, or at validate/<precision>/report.json",
+            )
+
+    # ------------------------------------------------------------------ parts
+
+    def _validation(self) -> Dataset:
+        dataset = open_dataset(self.config.data, self.config.preprocessing, "validation")
+        return dataset.first(self.config.validate_.images)
+
+    def _input(self, sample: Sample) -> NDArray[np.float32]:
+        """One preprocessed image; with ``resize: none`` its size has to be the configured one."""
+        from pipeline.data.preprocessing import preprocess
+
+        spec = self.config.preprocessing
+        image = preprocess(sample.image, spec)
+        if image.shape[1:] != (spec.height, spec.width) and not {"height", "width"} <= set(self.config.export.dynamic):
+            raise DataError(
+                f"the image {sample.name} has another size than the network's input",
+                expected=f"{spec.width}×{spec.height} (width × height)",
+                got=f"{image.shape[2]}×{image.shape[1]}",
+                fix="set preprocessing.height and width, or preprocessing.resize to stretch or letterbox",
+            )
+        return image
+
+    @functools.cache  # noqa: B019 - a Run lives as long as its process works on the folder
+    def _resolved(self, precision: Precision) -> Resolved:
+        from pipeline.backends.registry import resolve
+
+        return resolve(self.config.engine.backend, precision, self.config.engine.route)
+
+    def _candidate(
+        self, precision: Precision, engine: Path
+    ) -> tuple[Candidate, Callable[[], AbstractContextManager[Runner]]]:
+        """What validation judges: the engine where it runs, else its typed graph on ONNX Runtime."""
+        from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+        from pipeline.engines import load_engine
+
+        plan, typed, target = engine / "model.engine", engine / "model.onnx", self._resolved(precision)
+        sha = _hash(plan) if plan.is_file() else None
+        if sha is not None and target.capabilities.runs:
+            ran = f"{target.capabilities.name} {target.capabilities.version}"
+            what = Candidate(precision, False, ran, sha, sha, target.route)
+            return what, functools.partial(load_engine, plan)
+        ran = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
+        what = Candidate(precision, True, ran, _hash(typed) or "", sha, target.route)
+        return what, functools.partial(OnnxRuntimeRunner, typed)
+
+    def _provenance(self) -> list[tuple[str, str]]:
+        rows = [
+            (f"{name}/{file}", sha) for name, stage in self.record.stages.items() for file, sha in stage.outputs.items()
+        ]
+        models = [(name, sha) for name, sha in rows if name.endswith((".onnx", ".cache", ".engine"))]
+        tools = {tool: v for stage in self.record.stages.values() for tool, v in stage.tools.items() if v}
+        return [*models, *sorted(tools.items())]
+
+    def _stage(
+        self,
+        name: str,
+        make: Callable[[Path], object],
+        *,
+        config: Sequence[Any],
+        parents: Mapping[str, str | None],
+        tools: Sequence[str],
+        keep: Callable[[Path], bool] = lambda folder: True,
+    ) -> Path:
+        """Make ``<folder>/<name>`` or reuse it; ``keep`` says whether the result may be reused later."""
+        target = self.folder / name
+        if name in self._settled:
+            return target
+        key = sha256_json([name, [_plain(part) for part in config], dict(parents), _own_source()])
+        versions = {tool: _version(tool) for tool in tools}
+        old = self.record.stages.get(name)
+        if not self.force and old is not None and self._unchanged(old, key, versions, target):
+            log.info("%s: unchanged, reused", name)
+        else:
+            log.info("%s: running", name)
+            started = time.perf_counter()
+            self._remember(name, None)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_folder(target) as folder:
+                make(folder)
+            seconds = time.perf_counter() - started
+            files = sorted(path for path in target.rglob("*") if path.is_file())
+            outputs = {str(path.relative_to(target)): sha256_file(path) for path in files}
+            made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            if keep(target):
+                self._remember(name, StageRecord(key, versions, outputs, seconds, made))
+            log.info("%s: done in %.1f s", name, seconds)
+        self._settled.add(name)
+        return target
+
+    def _unchanged(self, old: StageRecord, key: str, versions: Mapping[str, str | None], target: Path) -> bool:
+        tools = all(version in (None, old.tools.get(tool)) for tool, version in versions.items())
+        return (
+            old.key == key
+            and tools
+            and all((target / f).is_file() and sha256_file(target / f) == sha for f, sha in old.outputs.items())
+        )
+
+    def _remember(self, name: str, stage: StageRecord | None) -> None:
+        stages = {k: v for k, v in self.record.stages.items() if k != name}
+        if stage is not None:
+            stages[name] = stage
+        self.record = RunRecord(self.config.name, stages)
+        write_atomically(self.folder / "run.json", to_json(self.record))
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, BaseModel):
+        return part.model_dump(mode="json")
+    if hasattr(part, "__dataclass_fields__"):
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(type(part)).dump_python(part, mode="json")
+    return part
+
+
+def _hash(path: Path | None) -> str | None:
+    return sha256_file(path) if path is not None and path.is_file() else None
+
+
+def _table(cache: Path | None) -> CalibrationTable | None:
+    from pipeline.calibration.table import CalibrationTable
+
+    return CalibrationTable.from_cache(cache.read_text(encoding="utf-8"), str(cache)) if cache else None
+
+
+def _version(tool: str) -> str | None:
+    try:
+        return importlib.metadata.version(tool)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _factory_source(factory: str | None) -> str | None:
+    """Hash of the module that defines the network; None where it cannot be found (building it then says so)."""
+    if factory is None:
+        return None
+    try:
+        spec = importlib.util.find_spec(factory.partition(":")[0])
+    except ImportError:
+        return None
+    return _hash(Path(spec.origin)) if spec is not None and spec.origin else None
+
+
+@functools.cache
+def _own_source() -> str:
+    """Hash over this program's own modules: another version of it makes everything anew."""
+    package = Path(__file__).parent
+    return sha256_json([(str(f.relative_to(package)), sha256_file(f)) for f in _sources(package)])
+
+
+def _sources(package: Path) -> Iterator[Path]:
+    for folder, _, files in sorted(os.walk(package)):
+        yield from (Path(folder, file) for file in sorted(files) if file.endswith((".py", ".j2")))

@@ -1,0 +1,1 @@
+"""One module and one function a stage; stages never import each other."""

@@ -1,0 +1,272 @@
+"""ONNX -> engine: choose builder and route, write the typed graph where the route needs one, build, write manifest."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from pipeline.artifacts import (
+    EngineManifest,
+    ModelCard,
+    Profile,
+    TensorSpec,
+    sha256_bytes,
+    sha256_file,
+    to_json,
+    write_atomically,
+)
+from pipeline.backends.base import BuildRequest, Capabilities
+from pipeline.backends.registry import resolve
+from pipeline.calibration.table import CalibrationTable
+from pipeline.config import Axis, EngineConfig, Precision, ProfileRange
+from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
+from pipeline.graph.half import to_half
+from pipeline.graph.io import load_model, model_inputs, save_model
+from pipeline.graph.quantize import activation_tensors, quantizable_tensors, quantize
+
+log = logging.getLogger(__name__)
+
+ENGINE, MANIFEST, TYPED = "model.engine", "manifest.json", "model.onnx"
+IMAGE_RANK = 4
+NCHW: dict[Axis, int] = {"batch": 0, "height": 2, "width": 3}
+NHWC: dict[Axis, int] = {"batch": 0, "height": 1, "width": 2}
+NAMES_SHOWN = 5
+PARSER_MADE = ("(Unnamed Layer", "ONNXTRT")
+
+
+def build_engine(
+    clean: Path,
+    precision: Precision,
+    config: EngineConfig,
+    table: CalibrationTable | None,
+    cache_sha256: str | None,
+    card: ModelCard | None,
+    folder: Path,
+    timing_cache: Path | None,
+) -> EngineManifest | None:
+    """Build one engine into a folder: ``model.engine``, ``manifest.json`` and, on the explicit route, ``model.onnx``.
+
+    Args:
+        clean: the clean FP32 graph.
+        table, cache_sha256: the calibration, which INT8 needs; other precisions ignore it.
+        card: goes into the manifest.
+        folder: made where missing; what lies there under these names is replaced.
+        timing_cache: file to read and update; None, or ``config.timing_cache`` off, to build without.
+
+    Returns:
+        The manifest as written; None with backend onnxruntime, which has no engines: only the typed graph is written.
+
+    Raises:
+        CalibrationError: INT8 without a table, or with one of another graph.
+        ConfigError: a profile for an axis that the model fixes, or none for one that it leaves free.
+        EngineError: the library refuses the graph.
+        UnsupportedError: this machine cannot build such an engine.
+    """
+    if precision == "int8" and table is None:
+        raise CalibrationError(
+            "INT8 needs a calibration table",
+            expected="ranges of the activations",
+            fix="calibrate first, or give a cache",
+        )
+    target = resolve(config.backend, precision, config.route)
+    builder, route, known = target.builder, target.route, target.capabilities
+    model = load_model(clean)
+    profiles = make_profiles(model_inputs(model), config.profile)
+    notes: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    source = clean
+    if route == "explicit":
+        source = folder / TYPED
+        save_model(_typed(model, precision, config, table, known), source)
+    elif precision == "int8" and table is not None:
+        if config.exclude:
+            raise ConfigError(
+                "engine.exclude needs the explicit route", got="route: implicit", fix="set engine.route to explicit"
+            )
+        notes += check_table(model, table)
+    if builder is None:
+        return None
+    request = BuildRequest(
+        model=source,
+        precision=precision,
+        route=route,
+        config=config,
+        table=table if route == "implicit" and precision == "int8" else None,
+        profiles=profiles,
+        timing_cache=timing_cache if config.timing_cache else None,
+    )
+    log.info("building the %s engine with %s %s, %s route", precision, builder.name, known.version, route)
+    result = builder.build(request)
+    manifest = EngineManifest(
+        engine_sha256=sha256_bytes(result.plan),
+        onnx_sha256=sha256_file(clean),
+        cache_sha256=cache_sha256 if precision == "int8" else None,
+        precision=precision,
+        route=route,
+        backend=builder.name,
+        backend_version=known.version or "",
+        # An engine built ahead of time is bound to its targets, not to the GPU that happens to be here.
+        device=None if known.target_capabilities else known.device,
+        target_capabilities=known.target_capabilities,
+        inputs=result.inputs,
+        outputs=result.outputs,
+        profiles=profiles,
+        card=card,
+        build_seconds=round(result.seconds, 3),
+        timing_cache=result.timing_cache,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        notes=(*notes, *result.notes, f"built on {platform.system()} {platform.machine()}"),
+    )
+    write_atomically(folder / ENGINE, result.plan)
+    write_atomically(folder / MANIFEST, to_json(manifest))
+    return manifest
+
+
+def build_engine_file(
+    model: Path,
+    precision: Precision,
+    config: EngineConfig,
+    table: CalibrationTable | None,
+    cache_sha256: str | None,
+    card: ModelCard | None,
+    target: Path,
+) -> EngineManifest:
+    """Build one engine to a file: ``target``, ``manifest.json`` beside it and, on the explicit route, the typed graph
+    as ``<stem of target>.typed.onnx``.
+
+    Raises:
+        EngineError: another engine lies in the folder, whose manifest this one's would replace.
+        UnsupportedError: backend onnxruntime, which builds no engines.
+        As ``build_engine``; nothing is written then.
+    """
+    if config.backend == "onnxruntime":
+        raise UnsupportedError("ONNX Runtime builds no engines", fix="use --backend auto, tensorrt or tensorrt-rtx")
+    others = [path.name for path in target.parent.glob("*.engine") if path.name != target.name]
+    if others and (target.parent / MANIFEST).exists():
+        raise EngineError(
+            f"the folder of {target} holds another engine, {others[0]}, which {MANIFEST} describes",
+            expected="one engine in a folder",
+            fix="choose another folder with -o",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
+        made = Path(name)
+        manifest = build_engine(model, precision, config, table, cache_sha256, card, made, None)
+        if manifest is None:
+            raise UnsupportedError("no engine was built", fix="name a backend that builds engines")
+        if (made / TYPED).exists():
+            (made / TYPED).replace(target.with_name(f"{target.stem}.typed.onnx"))
+        (made / ENGINE).replace(target)
+        (made / MANIFEST).replace(target.parent / MANIFEST)
+    return manifest
+
+
+def make_profiles(inputs: tuple[TensorSpec, ...], ranges: Mapping[Axis, ProfileRange]) -> dict[str, Profile]:
+    """Shapes for every input with dynamic axes; empty for a static model.
+
+    Inputs are images: NCHW, or NHWC where they are uint8 with the channels last.
+
+    Raises:
+        ConfigError: a free axis without a range, or a range for an axis that no input leaves free.
+    """
+    profiles = {}
+    used: set[Axis] = set()
+    for spec in inputs:
+        free = [axis for axis, size in enumerate(spec.shape) if isinstance(size, str)]
+        if not free:
+            continue
+        places = {place: axis for axis, place in _layout(spec).items()} if len(spec.shape) == IMAGE_RANK else {}
+        unnamed = [place for place in free if place not in places]
+        if unnamed:
+            raise ConfigError(
+                f"axis {unnamed[0]} of input {spec.name} is dynamic, and no profile key describes it",
+                expected="NCHW images whose batch, height or width vary",
+                got=f"shape {spec.shape}",
+                fix="export the model with that axis fixed",
+            )
+        missing = [places[place] for place in free if places[place] not in ranges]
+        if missing:
+            raise ConfigError(
+                f"the {missing[0]} of input {spec.name} is dynamic, and engine.profile.{missing[0]} is not given",
+                expected="min, opt and max",
+                got=f"shape {spec.shape}",
+                fix=f"give engine.profile.{missing[0]}, or export with a fixed {missing[0]}",
+            )
+        used.update(places[place] for place in free)
+        low, best, high = (
+            tuple(
+                size if isinstance(size, int) else int(getattr(ranges[places[place]], bound))
+                for place, size in enumerate(spec.shape)
+            )
+            for bound in ("min", "opt", "max")
+        )
+        profiles[spec.name] = Profile(low, best, high)
+    unused = [axis for axis in ranges if axis not in used]
+    if unused:
+        raise ConfigError(
+            f"engine.profile.{unused[0]} is given, but the model fixes its {unused[0]}",
+            got="; ".join(f"{spec.name} {spec.shape}" for spec in inputs),
+            fix=f"remove engine.profile.{unused[0]}, or export with export.dynamic: [{unused[0]}]",
+        )
+    return profiles
+
+
+def check_table(model: onnx.ModelProto, table: CalibrationTable) -> list[str]:
+    """Compare a table's tensors with those of the graph that TensorRT is to quantize by it.
+
+    Returns:
+        Notes on tensors without a range, whose layers TensorRT leaves in FP16, and on ranges of unknown tensors.
+
+    Raises:
+        CalibrationError: the data input of a convolution has no range: the table belongs to another graph.
+    """
+    known = activation_tensors(model)
+    needed = quantizable_tensors(model)
+    lacking = [name for name in known if name not in table.amax]
+    missing = [name for name in needed if name not in table.amax]
+    # TensorRT's own caches also name tensors that its parser makes.
+    strange = [name for name in table.amax if name not in known and not name.startswith(PARSER_MADE)]
+    if missing:
+        raise CalibrationError(
+            f"the calibration table belongs to another graph: it lacks {len(missing)} of {len(needed)} ranges",
+            expected=f"ranges of {_some(missing)}",
+            got=f"{len(table.amax)} ranges" + (f", among them of unknown tensors: {_some(strange)}" if strange else ""),
+            fix="calibrate this graph",
+        )
+    return [
+        *([f"{len(lacking)} tensors have no range and stay in FP16: {_some(lacking)}"] if lacking else []),
+        *([f"{len(strange)} ranges belong to no tensor of the graph: {_some(strange)}"] if strange else []),
+    ]
+
+
+def _typed(
+    model: onnx.ModelProto,
+    precision: Precision,
+    config: EngineConfig,
+    table: CalibrationTable | None,
+    known: Capabilities,
+) -> onnx.ModelProto:
+    if precision == "fp32":
+        return model
+    if precision == "fp16":
+        return to_half(model)
+    if table is None:
+        raise CalibrationError("INT8 needs a calibration table", fix="calibrate first")
+    # Without strong typing it is the FP16 flag that lets TensorRT choose the types of what stays unquantized.
+    return quantize(model, table, half=known.strongly_typed, exclude=config.exclude)
+
+
+def _layout(spec: TensorSpec) -> dict[Axis, int]:
+    last = spec.shape[-1]
+    return NHWC if spec.dtype == "uint8" and isinstance(last, int) and last in (1, 3) else NCHW
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,225 @@
+"""Torch network (or a given ONNX file) to a checked ONNX graph that carries its model card."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
+
+from pipeline.artifacts import ModelCard, TensorSpec, sha256_file, to_json
+from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.config import ExportConfig, NetworkConfig
+from pipeline.errors import CheckFailed, ModelError
+from pipeline.graph.io import load_model, model_inputs, model_outputs, opset, save_model, write_card
+from pipeline.networks import build_network
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+AXES = {"batch": 0, "height": 2, "width": 3}
+INPUT, OUTPUT = "image", "logits"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported; the errors are None where there is no torch network to compare with.
+
+    Attributes:
+        max_abs_error: max |torch - onnx| over all images, in units of the logits.
+        max_relative_error: the same over max |torch|.
+    """
+
+    source: str
+    onnx_sha256: str
+    exporter: str | None
+    opset: int
+    nodes: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    compared_images: int
+    max_abs_error: float | None
+    max_relative_error: float | None
+    seconds: float
+
+
+def export(
+    network: NetworkConfig, config: ExportConfig, card: ModelCard, images: Sequence[NDArray[np.float32]], folder: Path
+) -> ExportReport:
+    """Write ``folder/model.onnx`` and ``folder/report.json``.
+
+    Args:
+        images: preprocessed real images, float32 (C, H, W), on which torch and ONNX Runtime are compared.
+
+    Raises:
+        ModelError: the network, its weights or its input size do not fit; the exporter refuses it.
+        CheckFailed: ONNX Runtime's result differs from torch's by more than the tolerance.
+    """
+    started = time.perf_counter()
+    target = folder / "model.onnx"
+    errors: tuple[float, float] | None = None
+    if network.onnx is not None:
+        model = load_model(network.onnx)
+        source = str(network.onnx)
+    else:
+        module = build_network(network)
+        model = _export(module, config, card, images[0])
+        source = str(network.factory)
+    _check_segmentation(model, card, source)
+    write_card(model, card)
+    save_model(model, target)
+    if network.onnx is None:
+        errors = _compare(module, target, images)
+    report = ExportReport(
+        source=source,
+        onnx_sha256=sha256_file(target),
+        exporter=None if network.onnx else config.exporter,
+        opset=opset(model),
+        nodes=len(model.graph.node),
+        inputs=model_inputs(model),
+        outputs=model_outputs(model),
+        compared_images=len(images) if errors else 0,
+        max_abs_error=errors[0] if errors else None,
+        max_relative_error=errors[1] if errors else None,
+        seconds=time.perf_counter() - started,
+    )
+    if errors and not errors[1] <= config.tolerance:
+        raise CheckFailed(
+            f"the exported graph computes something else than {source}",
+            expected=f"max |torch - onnx| / max |torch| of at most {config.tolerance:g}",
+            got=f"{errors[1]:.3g}",
+            fix="try the other export.exporter or another export.opset",
+        )
+    (folder / "report.json").write_bytes(to_json(report))
+    return report
+
+
+def _export(module: nn.Module, config: ExportConfig, card: ModelCard, image: NDArray[np.float32]) -> onnx.ModelProto:
+    import torch
+
+    # torch.export specialises a dynamic axis whose example size is 1.
+    batch = max(config.batch, 2) if "batch" in config.dynamic else config.batch
+    example = torch.from_numpy(np.repeat(image[np.newaxis], batch, axis=0))
+    logits = _forward(module, example, card)
+    if not torch.is_tensor(logits) or logits.shape[2:] != example.shape[2:]:
+        got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+        raise ModelError(
+            "the network is no segmentation network",
+            expected=f"one tensor (N, {len(card.classes)}, {example.shape[2]}, {example.shape[3]}) for this input",
+            got=str(got),
+            fix="wrap the network so that it returns its logits at the input's size",
+        )
+    # It warns of every operator of torchvision where that is not installed.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    buffer = io.BytesIO()
+    shared: dict[str, Any] = {"opset_version": config.opset, "input_names": [INPUT], "output_names": [OUTPUT]}
+    dynamic = {AXES[axis]: axis for axis in config.dynamic}
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as said, torch.inference_mode():
+            warnings.simplefilter("ignore")
+            if config.exporter == "dynamo":
+                shapes = (dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),) if dynamic else None
+                program = torch.onnx.export(
+                    module, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **shared
+                )
+                assert program is not None
+                model = program.model_proto
+                _name_axes(model, config)
+            else:
+                axes = {INPUT: dynamic, OUTPUT: dynamic} if dynamic else None
+                # Its annotation leaves out the buffers that its documentation allows.
+                target: Any = buffer
+                torch.onnx.export(module, (example,), target, dynamo=False, dynamic_axes=axes, **shared)
+                model = onnx.load_from_string(buffer.getvalue())
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        # The exporters raise whatever the network or torch itself raised; no common base class exists.
+        raise ModelError(
+            f"torch.onnx.export ({config.exporter}) refuses the network: {type(error).__name__}: {error}",
+            fix=f"try --set export.exporter={'torchscript' if config.exporter == 'dynamo' else 'dynamo'}",
+        ) from error
+    if said.getvalue():
+        log.debug("%s", said.getvalue())
+    if opset(model) != config.opset:
+        log.warning("asked for opset %d, the exporter wrote %d", config.opset, opset(model))
+    return model
+
+
+def _name_axes(model: onnx.ModelProto, config: ExportConfig) -> None:
+    """Dynamo names dynamic axes s0, s1, …; users and profiles know them as batch, height and width."""
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    names = {dims[AXES[axis]].dim_param: axis for axis in config.dynamic}
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+
+
+def _forward(module: nn.Module, example: Tensor, card: ModelCard) -> Any:
+    import torch
+
+    try:
+        with torch.inference_mode():
+            return module(example)
+    except (RuntimeError, ValueError, TypeError) as error:
+        spec = card.preprocessing
+        raise ModelError(
+            f"the network cannot take its input: {str(error).strip().splitlines()[0]}",
+            expected="preprocessing.height, width and channels that the network accepts",
+            got=f"{spec.channels} of {tuple(example.shape[1:])} (channels, height, width)",
+            fix="change preprocessing, or network.arguments",
+        ) from error
+
+
+def _check_segmentation(model: onnx.ModelProto, card: ModelCard, source: str) -> None:
+    inputs, outputs, spec = model_inputs(model), model_outputs(model), card.preprocessing
+    wanted = (spec.channel_count, spec.height, spec.width)
+    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].dtype != "float32":
+        raise ModelError(
+            f"{source} takes other inputs than one image batch",
+            expected="one float32 input (N, C, H, W)",
+            got=", ".join(f"{i.name} {i.dtype} {i.shape}" for i in inputs) or "none",
+        )
+    fixed = inputs[0].shape[1:]
+    if any(isinstance(have, int) and have != want for have, want in zip(fixed, wanted, strict=True)):
+        raise ModelError(
+            f"{source} takes images of another size than preprocessing gives",
+            expected=f"(channels, height, width) = {wanted}",
+            got=str(fixed),
+            fix="change preprocessing",
+        )
+    if len(outputs) != 1 or len(outputs[0].shape) != 4 or outputs[0].shape[1] != len(card.classes):
+        raise ModelError(
+            f"{source} gives other outputs than logits of the configured classes",
+            expected=f"one output (N, {len(card.classes)}, H, W): data.classes names {len(card.classes)}",
+            got=", ".join(f"{o.name} {o.shape}" for o in outputs),
+            fix="correct data.classes or network.arguments",
+        )
+
+
+def _compare(module: nn.Module, target: Path, images: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
+    """Largest absolute error, and the same over the largest |torch|."""
+    import torch
+
+    worst, largest = 0.0, 0.0
+    with OnnxRuntimeRunner(target) as runner, torch.inference_mode():
+        spec = runner.inputs[0]
+        batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+        for image in images:
+            feed = np.repeat(image[np.newaxis], batch, axis=0)
+            reference = module(torch.from_numpy(feed)).numpy()
+            got = runner({spec.name: feed})[runner.outputs[0].name]
+            # A NaN on either side must fail, and max() would drop it.
+            worst = float(np.maximum(worst, np.abs(reference - got).max()))
+            largest = max(largest, float(np.abs(reference).max()))
+    return worst, worst / largest if largest else worst

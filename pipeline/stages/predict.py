@@ -1,0 +1,96 @@
+"""Images in, masks out, with an engine or an ONNX file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.artifacts import ModelCard, write_atomically
+from pipeline.backends.base import Runner
+from pipeline.data.dataset import IMAGE_ENDINGS
+from pipeline.data.pictures import mask_png, overlay_png, palette
+from pipeline.data.preprocessing import Pixels, preprocess, read_image, restore_mask
+from pipeline.errors import BuildFolderError, DataError
+from pipeline.progress import track
+
+log = logging.getLogger(__name__)
+
+
+def predict_mask(runner: Runner, image: Pixels, card: ModelCard) -> Pixels:
+    """Class ids, uint8 (H, W), of an image, uint8 (H, W, C), at the image's own size.
+
+    Raises:
+        DataError: with ``resize: none``, an image of a size that the model does not take.
+    """
+    spec = runner.inputs[0]
+    x = preprocess(image, card.preprocessing)
+    if any(isinstance(want, int) and want != have for want, have in zip(spec.shape[1:], x.shape, strict=True)):
+        raise DataError(
+            "the image has another size than the model takes",
+            expected=f"(channels, height, width) = {spec.shape[1:]}",
+            got=str(x.shape),
+            fix="export with preprocessing.resize: stretch or letterbox, or with dynamic height and width",
+        )
+    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+    logits = runner({spec.name: np.ascontiguousarray(np.repeat(x[np.newaxis], batch, axis=0))})
+    return restore_mask(logits[runner.outputs[0].name][0].argmax(0), card.preprocessing, *image.shape[:2])
+
+
+def predict(runner: Runner, card: ModelCard, inputs: Sequence[Path], folder: Path, *, overwrite: bool = False) -> int:
+    """For each image write ``<name>.png`` (class ids, palette), ``<name>_overlay.png``, a line in ``predictions.json``.
+
+    Returns:
+        How many images were done.
+
+    Raises:
+        DataError: no image found, two images of one name, an image that cannot be read.
+        BuildFolderError: the folder is unwritable, or holds a file that would be overwritten.
+    """
+    images = _images(inputs)
+    targets = [folder / f"{image.stem}{ending}" for image in images for ending in (".png", "_overlay.png")]
+    taken = [target for target in targets if target.exists()]
+    if taken and not overwrite:
+        raise BuildFolderError(f"{taken[0]} exists already", fix="choose another -o folder, or give --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildFolderError(f"cannot make the folder {folder}: {error.strerror}") from error
+    colours = palette(card.classes, card.void)
+    lines = []
+    for path in track(images, "predicting", len(images)):
+        image = read_image(path, card.preprocessing.channels)
+        started = time.perf_counter()
+        mask = predict_mask(runner, image, card)
+        seconds = time.perf_counter() - started
+        write_atomically(folder / f"{path.stem}.png", mask_png(mask, colours))
+        overlay = overlay_png(image, mask, colours, card.preprocessing.channels)
+        write_atomically(folder / f"{path.stem}_overlay.png", overlay)
+        share = np.bincount(mask.ravel(), minlength=len(card.classes)) / mask.size
+        area = {c.name: round(float(s), 6) for c, s in zip(card.classes, share, strict=True) if s}
+        lines.append(json.dumps({"image": str(path), "mask": f"{path.stem}.png", "area": area, "seconds": seconds}))
+        write_atomically(folder / "predictions.json", ("\n".join(lines) + "\n").encode())
+    return len(images)
+
+
+def _images(inputs: Iterable[Path]) -> list[Path]:
+    found: dict[str, Path] = {}
+    for given in inputs:
+        files = sorted(p for p in given.iterdir() if p.suffix.lower() in IMAGE_ENDINGS) if given.is_dir() else [given]
+        if not files:
+            raise DataError(
+                f"the folder {given} holds no image", expected=f"files ending in {', '.join(IMAGE_ENDINGS)}"
+            )
+        for file in files:
+            if file.stem in found:
+                raise DataError(
+                    f"{file} and {found[file.stem]} would give the same mask file", fix="predict them into two folders"
+                )
+            found[file.stem] = file
+    if not found:
+        raise DataError("there is no image to predict", expected="image files or folders of them")
+    return list(found.values())

@@ -1,0 +1,279 @@
+"""One precision against FP32 on ONNX Runtime and against the labels, on real images."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, CompareFunc, RunResults
+from polygraphy.json import save_json
+from polygraphy.logger import G_LOGGER
+
+from pipeline.artifacts import ModelCard, to_json
+from pipeline.backends.base import Runner
+from pipeline.config import Tolerance, ValidateConfig
+from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.pictures import mask_png, overlay_png, palette
+from pipeline.data.preprocessing import Pixels, preprocess, restore_mask
+from pipeline.errors import DataError, ModelError
+from pipeline.metrics.segmentation import class_iou, confusion_matrix, mean_iou, pixel_accuracy
+from pipeline.progress import track
+from pipeline.reports import Candidate, Check, ImageResult, Scores, ValidationReport
+
+log = logging.getLogger(__name__)
+REFERENCE = "onnxruntime-fp32"
+
+DATA_LOADER = '''"""The preprocessed images of this comparison, for `polygraphy run --data-loader-script`."""
+
+from pathlib import Path
+
+from polygraphy.json import load_json
+
+
+def load_data():
+    yield from load_json(str(Path(__file__).parent / "inputs.json"))
+'''
+
+
+class _Adapter(BaseRunner):  # type: ignore[misc]
+    """A runner of ours, already loaded, as Polygraphy's Comparator wants it."""
+
+    def __init__(self, runner: Runner, name: str) -> None:
+        super().__init__(name=name, prefix=name)
+        self.runner = runner
+
+    def activate_impl(self) -> None: ...
+
+    def deactivate_impl(self) -> None: ...
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for spec in self.runner.inputs:
+            metadata.add(spec.name, np.dtype(spec.dtype), spec.shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        started = time.perf_counter()
+        outputs = self.runner(feed_dict)
+        self.inference_time = time.perf_counter() - started
+        return outputs
+
+
+def validate(
+    reference: Runner,
+    candidate: Runner,
+    what: Candidate,
+    dataset: Dataset,
+    card: ModelCard,
+    config: ValidateConfig,
+    folder: Path,
+    reference_path: str = "model.onnx",
+) -> ValidationReport:
+    """Run both on every image and write ``report.json``, masks, overlays and Polygraphy's run results to ``folder``.
+
+    Args:
+        reference: FP32 on ONNX Runtime.
+        candidate: the engine, or its typed graph on ONNX Runtime.
+        dataset: images with labels, or without (then only agreement with FP32 is judged).
+        reference_path: where the reference's ONNX file lies, seen from ``folder``; for the printed command.
+
+    Raises:
+        DataError: no image.
+        ModelError: the two give different outputs or shapes.
+    """
+    started = time.perf_counter()
+    if not len(dataset):
+        raise DataError("there is no image to validate on", expected="at least one validation image")
+    tolerance = config.tolerance(what.precision)
+    judge = _Judge(card, tolerance)
+    runners = [_Adapter(candidate, f"{what.ran.replace(' ', '-')}-{what.precision}"), _Adapter(reference, REFERENCE)]
+    saved: list[tuple[dict[str, Any], RunResults]] = []
+    pictures: list[str] = []
+    for index, sample in enumerate(track(dataset, f"validating {what.precision}", len(dataset))):
+        feed = _feed(candidate, sample, card)
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            results = Comparator.run(runners, data_loader=[feed])
+        mask = judge.add(sample, results)
+        if index < config.saved_runs:
+            saved.append((feed, results))
+        if index < config.pictures:
+            pictures += _draw(sample, mask, card, folder)
+    _save_runs(saved, folder)
+    report = judge.report(what, _commands(what, tolerance, reference_path), tuple(pictures), started)
+    (folder / "report.json").write_bytes(to_json(report))
+    return report
+
+
+def _feed(runner: Runner, sample: Sample, card: ModelCard) -> dict[str, NDArray[Any]]:
+    spec = runner.inputs[0]
+    image = preprocess(sample.image, card.preprocessing)
+    fixed = spec.shape[1:]
+    if any(isinstance(want, int) and want != have for want, have in zip(fixed, image.shape, strict=True)):
+        raise DataError(
+            f"the image {sample.name} has another size than the model takes",
+            expected=f"(channels, height, width) = {fixed}",
+            got=str(image.shape),
+            fix="set preprocessing.resize to stretch or letterbox",
+        )
+    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+    return {spec.name: np.ascontiguousarray(np.repeat(image[np.newaxis], batch, axis=0))}
+
+
+class _Judge:
+    """Sums over the images; nothing that grows with their size is kept."""
+
+    def __init__(self, card: ModelCard, tolerance: Tolerance) -> None:
+        classes = len(card.classes)
+        self.card, self.tolerance = card, tolerance
+        self.agreement = np.zeros((classes, classes), np.int64)
+        self.against_labels = {"reference": self.agreement.copy(), "candidate": self.agreement.copy()}
+        self.labelled = False
+        self.images: list[ImageResult] = []
+        self.elementwise: list[tuple[float, bool]] = []
+        self.absolute_sum, self.count, self.logit_range = 0.0, 0, 0.0
+        t = tolerance
+        self.compare: Callable[..., Any] = CompareFunc.simple(
+            check_error_stat=t.statistic, rtol=t.rtol, atol=t.atol, error_quantile=t.quantile
+        )
+
+    def add(self, sample: Sample, results: RunResults) -> Pixels:
+        """Count one image; returns the candidate's mask at the image's size."""
+        ours, theirs = (dict(iterations[0].items()) for _, iterations in results.items())
+        if set(ours) != set(theirs) or any(ours[k].shape != theirs[k].shape for k in ours):
+            raise ModelError(
+                "the candidate's outputs are not the reference's",
+                expected=str({k: v.shape for k, v in theirs.items()}),
+                got=str({k: v.shape for k, v in ours.items()}),
+                fix="validate the engine with the ONNX file it was built from",
+            )
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            accuracy = Comparator.compare_accuracy(results, compare_func=self.compare)
+        logits, reference = next(iter(ours.values())), next(iter(theirs.values()))
+        error = np.abs(logits.astype(np.float32) - reference)
+        finite = bool(np.isfinite(error).all())
+        largest = float(error.max()) if finite else None
+        self.elementwise.append((float("nan") if largest is None else largest, bool(accuracy) and finite))
+        self.absolute_sum += float(error.sum(dtype=np.float64))
+        self.count += error.size
+        self.logit_range = max(self.logit_range, float(np.abs(reference).max()))
+
+        masks = {"reference": reference[0].argmax(0), "candidate": logits[0].argmax(0)}
+        classes = len(self.card.classes)
+        agreement = confusion_matrix(masks["reference"], masks["candidate"], classes)
+        self.agreement += agreement
+        restored = {k: restore_mask(m, self.card.preprocessing, *sample.image.shape[:2]) for k, m in masks.items()}
+        miou: dict[str, float | None] = {"reference": None, "candidate": None}
+        if sample.label is not None:
+            for side, mask in restored.items():
+                confusion = confusion_matrix(sample.label, mask, classes)
+                self.labelled |= bool(confusion.any())
+                self.against_labels[side] += confusion
+                miou[side] = _finite(mean_iou(confusion))
+        self.images.append(
+            ImageResult(sample.name, pixel_accuracy(agreement), largest, miou["reference"], miou["candidate"])
+        )
+        return restored["candidate"]
+
+    def report(
+        self, what: Candidate, repeat: tuple[str, ...], pictures: tuple[str, ...], started: float
+    ) -> ValidationReport:
+        scores = {side: self._scores(side) if self.labelled else None for side in self.against_labels}
+        checks = self._checks(scores["reference"], scores["candidate"])
+        errors = [error for error, _ in self.elementwise]
+        return ValidationReport(
+            candidate=what,
+            passed=all(check.passed for check in checks),
+            checks=checks,
+            images=tuple(self.images),
+            agreement=pixel_accuracy(self.agreement),
+            max_abs_error=_finite(float(np.max(errors))),
+            mean_abs_error=_finite(self.absolute_sum / self.count),
+            logit_range=self.logit_range,
+            reference=scores["reference"],
+            scores=scores["candidate"],
+            repeat=repeat,
+            pictures=pictures,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _scores(self, side: str) -> Scores:
+        confusion = self.against_labels[side]
+        present = confusion.sum(1) > 0
+        iou = {
+            c.name: float(value) if held else None
+            for c, value, held in zip(self.card.classes, class_iou(confusion), present, strict=True)
+        }
+        return Scores(mean_iou(confusion), pixel_accuracy(confusion), iou)
+
+    def _checks(self, reference: Scores | None, scores: Scores | None) -> tuple[Check, ...]:
+        t = self.tolerance
+        failed = [image.name for image, (_, ok) in zip(self.images, self.elementwise, strict=True) if not ok]
+        least = min(self.images, key=lambda image: image.agreement)
+        agreement = pixel_accuracy(self.agreement)
+        largest = _finite(float(np.max([error for error, _ in self.elementwise])))
+        name = f"outputs ({t.statistic}) within atol {t.atol:g} or rtol {t.rtol:g}: images outside"
+        checks = [
+            Check("outputs are finite", None if largest is None else 1.0, 1.0, largest is not None),
+            Check(name, float(len(failed)), 0.0, not failed, failed[0] if failed else None),
+            Check("agreement with FP32's masks", agreement, t.min_agreement, agreement >= t.min_agreement, least.name),
+        ]
+        if reference is not None and scores is not None:
+            drop = reference.mean_iou - scores.mean_iou
+            worst = max(self.images, key=lambda image: (image.reference_miou or 0) - (image.miou or 0))
+            checks.append(Check("mIoU drop", drop, t.max_miou_drop, drop <= t.max_miou_drop, worst.name))
+        return tuple(checks)
+
+
+def _draw(sample: Sample, mask: Pixels, card: ModelCard, folder: Path) -> list[str]:
+    """Mask, overlay, and what they belong to: the image and its label map."""
+    colours = palette(card.classes, card.void)
+    channels = card.preprocessing.channels
+    files = {
+        f"masks/{sample.name}.png": mask_png(mask, colours),
+        f"overlays/{sample.name}.png": overlay_png(sample.image, mask, colours, channels),
+        f"images/{sample.name}.png": overlay_png(sample.image, mask, colours, channels, strength=0),
+    }
+    if sample.label is not None:
+        files[f"labels/{sample.name}.png"] = mask_png(sample.label, colours)
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    return list(files)
+
+
+def _save_runs(saved: list[tuple[dict[str, Any], RunResults]], folder: Path) -> None:
+    if not saved:
+        return
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        save_json([feed for feed, _ in saved], str(folder / "inputs.json"))
+        for index, file in enumerate(("candidate.json", "reference.json")):
+            runs = [list(results.items())[index] for _, results in saved]
+            RunResults([(runs[0][0], [iterations[0] for _, iterations in runs])]).save(str(folder / file))
+    (folder / "data_loader.py").write_text(DATA_LOADER, encoding="utf-8")
+
+
+def _commands(what: Candidate, tolerance: Tolerance, reference_path: str) -> tuple[str, ...]:
+    """``polygraphy run`` lines; the loaded results are the second, so the reference of Polygraphy's relative error."""
+    t = tolerance
+    bounds = ["--atol", f"{t.atol:g}", "--rtol", f"{t.rtol:g}", "--check-error-stat", t.statistic]
+    bounds += ["--error-quantile", f"{t.quantile:g}"] if t.statistic == "quantile" else []
+    loader = ["--data-loader-script", "data_loader.py"]
+    again = ["polygraphy", "run", reference_path, "--onnxrt", *loader, "--load-outputs", "candidate.json", *bounds]
+    commands = [shlex.join(again)]
+    if not what.emulated:
+        engine = f"../../engine/{what.precision}/model.engine"
+        run = ["polygraphy", "run", engine, "--model-type", "engine", "--trt", *loader]
+        commands.append(shlex.join([*run, "--load-outputs", "reference.json", *bounds]))
+    return tuple(commands)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,115 @@
+"""Shared pieces: a tiny trained-nothing UNet with a folder of small images, and the command line as a function."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.data.synthetic import draw_cells
+
+REPOSITORY = Path(__file__).parent.parent
+SIZE = 64
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with ``config.yaml``, ``weights.safetensors`` and ``data/{train,val}/{images,labels}``."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    def edit(self, **sections: object) -> None:
+        """Replace top-level sections of the config."""
+        settings = yaml.safe_load(self.config.read_text())
+        self.config.write_text(yaml.safe_dump({**settings, **sections}))
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def write_images(folder: Path, seeds: range) -> None:
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        image, label = draw_cells(seed, SIZE)
+        Image.fromarray(image).save(folder / "images" / f"{seed:03d}.png")
+        Image.fromarray(label).save(folder / "labels" / f"{seed:03d}.png")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    torch = pytest.importorskip("torch", reason="torch is not installed: nothing to export")
+    from safetensors.torch import save_file
+
+    from models.unet import UNet
+
+    torch.manual_seed(0)
+    network = UNet(1, 4, 4)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    write_images(tmp_path / "data" / "train", range(6))
+    write_images(tmp_path / "data" / "val", range(100, 103))
+    classes = [
+        {"name": name, "colour": [i * 60, 20, 90]} for i, name in enumerate(("background", "body", "rim", "core"))
+    ]
+    settings = {
+        "name": "tiny",
+        "network": {
+            "factory": "models.unet:UNet",
+            "arguments": {"in_channels": 1, "classes": 4, "base_channels": 4},
+            "weights": "weights.safetensors",
+        },
+        "data": {
+            "kind": "folder",
+            "root": "data",
+            "train": {"images": "train/images", "labels": "train/labels"},
+            "validation": {"images": "val/images", "labels": "val/labels"},
+            "classes": classes,
+        },
+        "preprocessing": {"height": SIZE, "width": SIZE, "channels": "grey"},
+        "calibrate": {"images": 4},
+        "benchmark": {"seconds": 0.05, "warmup_seconds": 0.01},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return Project(tmp_path)
+
+
+@pytest.fixture
+def unet_trt(tmp_path: Path) -> Callable[..., Result]:
+    """Runs ``unet-trt`` as a user does: a process of its own, in an empty working folder, output captured."""
+    working = tmp_path / "working"
+    working.mkdir(exist_ok=True)
+
+    def call(*arguments: str | Path, cwd: Path = working, **environment: str) -> Result:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

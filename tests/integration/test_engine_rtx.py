@@ -1,0 +1,152 @@
+"""Real TensorRT-RTX builds on whatever machine this is: no GPU is needed to build, and most have none to run on."""
+
+import logging
+from pathlib import Path
+
+import onnx
+import pytest
+
+from pipeline.artifacts import ModelCard, sha256_bytes, sha256_file
+from pipeline.backends import cuda
+from pipeline.backends.tensorrt_rtx import RtxBuilder
+from pipeline.config import ClassConfig, EngineConfig, PreprocessingConfig, ProfileRange
+from pipeline.engines import load_engine, read_manifest
+from pipeline.errors import EngineError, UnsupportedError
+from pipeline.stages.engine import build_engine, build_engine_file
+from tests.tiny_unet import images, observed_table, reference, save, tiny_unet
+
+KNOWN = RtxBuilder().capabilities()
+pytestmark = pytest.mark.skipif(not KNOWN.builds, reason=KNOWN.why_not_build)
+
+CARD = ModelCard(
+    "tiny",
+    PreprocessingConfig(height=32, width=32),
+    (ClassConfig(name="a", colour=(0, 0, 0)), ClassConfig(name="b", colour=(9, 9, 9))),
+)
+RTX = EngineConfig(backend="tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def table():
+    return observed_table(tiny_unet(), images(4))
+
+
+@pytest.fixture
+def clean(tmp_path):
+    return save(tiny_unet(), tmp_path / "clean.onnx")
+
+
+def operators(path: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_every_precision_builds_with_its_manifest_and_typed_graph(clean, table, tmp_path, precision):
+    folder = tmp_path / precision
+    timing = tmp_path / "timing.cache"
+    manifest = build_engine(clean, precision, RTX, table, "c" * 64, CARD, folder, timing)
+    assert manifest == read_manifest(folder)
+    assert manifest.engine_sha256 == sha256_file(folder / "model.engine")
+    assert manifest.onnx_sha256 == sha256_file(clean)
+    assert manifest.cache_sha256 == ("c" * 64 if precision == "int8" else None)
+    assert (manifest.backend, manifest.backend_version) == ("tensorrt-rtx", KNOWN.version)
+    assert manifest.device is None
+    assert {"7.5", "8.0", "8.6", "8.9", "12.0"} <= set(manifest.target_capabilities)
+    assert "9.0" not in manifest.target_capabilities
+    assert manifest.card == CARD
+    # Images come in and logits go out as float32 at every precision.
+    assert {spec.dtype for spec in (*manifest.inputs, *manifest.outputs)} == {"float32"}
+    assert manifest.inputs[0].shape == (1, 3, 32, 32)
+    assert manifest.timing_cache == "none"
+    assert not timing.exists()
+    assert ("QuantizeLinear" in operators(folder / "model.onnx")) is (precision == "int8")
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.0), ("fp16", 0.02), ("int8", 0.2)])
+def test_the_typed_graph_is_the_network(clean, table, tmp_path, precision, tolerance):
+    build_engine(clean, precision, RTX, table, None, None, tmp_path / "out", None)
+    (feeds,) = images(1, seed=9)
+    want = reference(onnx.load(clean), feeds)
+    have = reference(onnx.load(tmp_path / "out" / "model.onnx"), feeds)
+    assert abs(have - want).max() <= tolerance * abs(want).max()
+
+
+def test_the_same_graph_gives_engines_of_differing_precisions(clean, table, tmp_path):
+    made = {}
+    for precision in ("fp32", "fp16", "int8"):
+        build_engine(clean, precision, RTX, table, None, None, tmp_path / precision, None)
+        made[precision] = sha256_bytes((tmp_path / precision / "model.engine").read_bytes())
+    assert len(set(made.values())) == 3
+
+
+def test_a_dynamic_batch_builds_with_its_profile(table, tmp_path):
+    clean = save(tiny_unet("batch"), tmp_path / "clean.onnx")
+    config = EngineConfig(backend="tensorrt-rtx", profile={"batch": ProfileRange(min=1, opt=2, max=4)})
+    manifest = build_engine(clean, "int8", config, table, None, None, tmp_path / "out", None)
+    assert manifest.inputs[0].shape == ("batch", 3, 32, 32)
+    assert manifest.outputs[0].shape[0] in ("batch", "logits_0")
+    assert manifest.profiles["image"].max == (4, 3, 32, 32)
+
+
+def test_all_axes_dynamic(tmp_path):
+    clean = save(tiny_unet("batch", size="side"), tmp_path / "clean.onnx")
+    side = ProfileRange(min=32, opt=64, max=96)
+    config = EngineConfig(
+        backend="tensorrt-rtx", profile={"batch": ProfileRange(min=1, opt=1, max=2), "height": side, "width": side}
+    )
+    manifest = build_engine(clean, "fp16", config, None, None, None, tmp_path / "out", None)
+    assert manifest.profiles["image"].opt == (1, 3, 64, 64)
+
+
+def test_a_node_that_the_parser_refuses_is_named(tmp_path):
+    clean = save(tiny_unet(antialias=True), tmp_path / "clean.onnx")
+    with pytest.raises(EngineError) as caught:
+        build_engine(clean, "fp32", RTX, None, None, None, tmp_path / "out", None)
+    line = str(caught.value).splitlines()[0]
+    assert "node up1 (Resize)" in line
+    assert "Antialiasing is not supported" in line
+
+
+def test_building_says_nothing_on_the_terminal(clean, tmp_path, capfd, caplog):
+    caplog.set_level(logging.WARNING)
+    build_engine(clean, "fp16", RTX, None, None, None, tmp_path / "out", None)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_a_file_of_ones_own(clean, tmp_path):
+    build_engine_file(clean, "fp16", RTX, None, None, None, tmp_path / "out" / "tiny.engine")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "tiny.engine",
+        "tiny.typed.onnx",
+    ]
+
+
+def test_loading_where_it_cannot_run_says_why(clean, tmp_path):
+    if KNOWN.runs:
+        pytest.skip("this GPU runs TensorRT-RTX engines")
+    build_engine(clean, "fp16", RTX, None, None, None, tmp_path / "out", None)
+    with pytest.raises(UnsupportedError, match=r"no NVIDIA driver|no usable GPU|runs on compute capability"):
+        load_engine(tmp_path / "out" / "model.engine")
+
+
+def test_an_edited_engine_is_refused_without_a_gpu_too(clean, tmp_path):
+    build_engine(clean, "fp16", RTX, None, None, None, tmp_path / "out", None)
+    path = tmp_path / "out" / "model.engine"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(EngineError, match="changed, truncated or replaced"):
+        load_engine(path)
+
+
+@pytest.mark.skipif(not KNOWN.runs, reason=KNOWN.why_not_run or "runs")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 0.02), ("int8", 0.2)])
+def test_engines_run_where_the_gpu_is_a_target(clean, table, tmp_path, precision, tolerance):
+    build_engine(clean, precision, RTX, table, None, None, tmp_path / "out", None)
+    (feeds,) = images(1, seed=9)
+    want = reference(onnx.load(clean), feeds)
+    with load_engine(tmp_path / "out" / "model.engine") as runner:
+        have = runner(feeds)["logits"]
+        assert (runner.device_milliseconds(feeds, 0.1, 0.0) > 0).all()
+    assert abs(have - want).max() <= tolerance * abs(want).max()
+    assert not cuda.why_no_gpu()

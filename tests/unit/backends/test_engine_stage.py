@@ -1,0 +1,222 @@
+"""The engine stage's checks: profiles, tables, what is written where."""
+
+import pytest
+
+from pipeline.artifacts import EngineManifest, Profile, TensorSpec, from_json, sha256_bytes, sha256_file
+from pipeline.backends.base import BuildResult, Capabilities
+from pipeline.backends.registry import Resolved
+from pipeline.calibration.table import CalibrationTable
+from pipeline.config import EngineConfig, ProfileRange
+from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
+from pipeline.stages import engine
+from pipeline.stages.engine import build_engine, build_engine_file, check_table, make_profiles
+from tests.tiny_unet import images, observed_table, save, tiny_unet
+
+RANGE = ProfileRange(min=1, opt=2, max=4)
+SIDE = ProfileRange(min=32, opt=64, max=128)
+SPEC = (TensorSpec("image", (1, 3, 32, 32), "float32"),)
+
+
+def dynamic(*shape, dtype="float32"):
+    return (TensorSpec("image", shape, dtype),)
+
+
+def test_static_model_has_no_profile():
+    assert make_profiles(SPEC, {}) == {}
+
+
+def test_profile_of_a_dynamic_batch():
+    assert make_profiles(dynamic("n", 3, 32, 32), {"batch": RANGE}) == {
+        "image": Profile((1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))
+    }
+
+
+def test_profile_of_all_axes():
+    made = make_profiles(dynamic("n", 3, "h", "w"), {"batch": RANGE, "height": SIDE, "width": SIDE})
+    assert made["image"].max == (4, 3, 128, 128)
+
+
+def test_profile_of_channels_last():
+    made = make_profiles(dynamic(1, "h", 640, 3, dtype="uint8"), {"height": SIDE})
+    assert made["image"].opt == (1, 64, 640, 3)
+
+
+def test_dynamic_axis_without_a_range():
+    with pytest.raises(ConfigError, match=r"engine\.profile\.height is not given"):
+        make_profiles(dynamic("n", 3, "h", 32), {"batch": RANGE})
+
+
+def test_range_for_a_fixed_axis():
+    with pytest.raises(ConfigError, match=r"engine\.profile\.width is given, but the model fixes its width"):
+        make_profiles(dynamic("n", 3, 32, 32), {"batch": RANGE, "width": SIDE})
+
+
+@pytest.mark.parametrize("shape", [(1, "c", 32, 32), ("n", 10)])
+def test_a_dynamic_axis_that_no_key_describes(shape):
+    with pytest.raises(ConfigError, match="no profile key describes it"):
+        make_profiles(dynamic(*shape), {"batch": RANGE})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_unet()
+
+
+@pytest.fixture(scope="module")
+def table(model):
+    return observed_table(model, images(2))
+
+
+@pytest.fixture
+def clean(model, tmp_path):
+    return save(model, tmp_path / "clean.onnx")
+
+
+def test_a_complete_table_needs_no_note(model, table):
+    assert check_table(model, table) == []
+
+
+def test_a_table_of_another_graph_names_what_differs(model, table):
+    renamed = CalibrationTable("entropy", {f"other/{name}": amax for name, amax in table.amax.items()})
+    with pytest.raises(CalibrationError, match="belongs to another graph") as caught:
+        check_table(model, renamed)
+    assert "image" in caught.value.expected
+    assert "other/image" in caught.value.got
+
+
+def test_tensors_without_range_and_unknown_ones_are_noted(model, table):
+    amax = {name: value for name, value in table.amax.items() if name != "logits"}
+    notes = check_table(
+        model, CalibrationTable("entropy", {**amax, "strange": 1.0, "(Unnamed Layer* 3) [Shuffle]": 1.0})
+    )
+    assert notes == [
+        "1 tensors have no range and stay in FP16: logits",
+        "1 ranges belong to no tensor of the graph: strange",
+    ]
+
+
+class FakeBuilder:
+    """Builds the bytes of the graph that it is asked to build."""
+
+    def __init__(self, capabilities):
+        self.name, self._capabilities, self.requests = capabilities.name, capabilities, []
+
+    def capabilities(self):
+        return self._capabilities
+
+    def build(self, request):
+        self.requests.append(request)
+        return BuildResult(request.model.read_bytes(), SPEC, SPEC, 1.25, "cold", ("a note",))
+
+
+@pytest.fixture
+def use(monkeypatch):
+    def make(route, **capabilities):
+        builder = FakeBuilder(Capabilities("tensorrt", "8.6.0", True, True, **capabilities))
+        monkeypatch.setattr(engine, "resolve", lambda *_: Resolved(builder, route, builder.capabilities()))
+        return builder
+
+    return make
+
+
+def run(clean, precision, table, folder, **config):
+    return build_engine(clean, precision, EngineConfig(**config), table, "c" * 64, None, folder, folder / "timing")
+
+
+def test_implicit_builds_the_clean_graph_with_the_table(use, clean, table, tmp_path):
+    builder = use("implicit")
+    manifest = run(clean, "int8", table, tmp_path / "int8")
+    (request,) = builder.requests
+    assert (request.model, request.table) == (clean, table)
+    assert request.timing_cache is not None
+    assert not (tmp_path / "int8" / "model.onnx").exists()
+    assert manifest == from_json(EngineManifest, tmp_path / "int8" / "manifest.json")
+    assert manifest.engine_sha256 == sha256_bytes((tmp_path / "int8" / "model.engine").read_bytes())
+    assert manifest.onnx_sha256 == sha256_file(clean)
+    assert (manifest.cache_sha256, manifest.route, manifest.timing_cache) == ("c" * 64, "implicit", "cold")
+    assert "a note" in manifest.notes
+
+
+@pytest.mark.parametrize(("typed", "scale"), [(True, "float16"), (False, "float32")])
+def test_explicit_int8_has_fp16_around_it_where_types_are_strong(use, clean, table, tmp_path, typed, scale):
+    import onnx
+
+    builder = use("explicit", strongly_typed=typed)
+    run(clean, "int8", table, tmp_path / "int8")
+    assert builder.requests[0].table is None
+    written = onnx.load(tmp_path / "int8" / "model.onnx")
+    scales = {node.input[1] for node in written.graph.node if node.op_type == "QuantizeLinear"}
+    types = {
+        onnx.helper.tensor_dtype_to_np_dtype(t.data_type).name for t in written.graph.initializer if t.name in scales
+    }
+    assert types == {scale}
+
+
+def test_fp32_explicit_is_the_clean_graph_and_has_no_cache(use, clean, table, tmp_path):
+    use("explicit", strongly_typed=True)
+    manifest = run(clean, "fp32", table, tmp_path / "fp32")
+    assert (tmp_path / "fp32" / "model.onnx").exists()
+    assert manifest.cache_sha256 is None
+
+
+def test_timing_cache_switched_off(use, clean, tmp_path):
+    builder = use("implicit")
+    run(clean, "fp16", None, tmp_path / "fp16", timing_cache=False)
+    assert builder.requests[0].timing_cache is None
+
+
+def test_int8_without_a_table_comes_before_everything_else(clean, tmp_path):
+    with pytest.raises(CalibrationError, match="needs a calibration table"):
+        run(clean, "int8", None, tmp_path / "int8")
+
+
+def test_exclude_needs_the_explicit_route(use, clean, table, tmp_path):
+    use("implicit")
+    with pytest.raises(ConfigError, match="exclude needs the explicit route"):
+        run(clean, "int8", table, tmp_path / "int8", exclude=("head",))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_onnxruntime_gets_the_typed_graph_alone(clean, table, tmp_path, precision):
+    folder = tmp_path / precision
+    assert run(clean, precision, table, folder, backend="onnxruntime") is None
+    assert [path.name for path in folder.iterdir()] == ["model.onnx"]
+
+
+class TestFile:
+    """``unet-trt engine CLEAN.onnx -o model.engine``."""
+
+    def build(self, clean, target, **config):
+        return build_engine_file(clean, "fp16", EngineConfig(**config), None, None, None, target)
+
+    def test_manifest_and_typed_graph_lie_beside_it(self, use, clean, tmp_path):
+        use("explicit", strongly_typed=True)
+        before = clean.read_bytes()
+        self.build(clean, tmp_path / "clean.engine")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "clean.engine",
+            "clean.onnx",
+            "clean.typed.onnx",
+            "manifest.json",
+        ]
+        assert clean.read_bytes() == before
+
+    def test_another_engines_manifest_is_not_replaced(self, use, clean, tmp_path):
+        use("implicit")
+        self.build(clean, tmp_path / "a.engine")
+        self.build(clean, tmp_path / "a.engine")
+        with pytest.raises(EngineError, match=r"another engine, a\.engine"):
+            self.build(clean, tmp_path / "b.engine")
+
+    def test_a_failed_build_leaves_nothing(self, use, clean, tmp_path):
+        def fail(request):
+            raise EngineError("refused")
+
+        use("implicit").build = fail
+        with pytest.raises(EngineError, match="refused"):
+            self.build(clean, tmp_path / "out" / "a.engine")
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_onnxruntime_makes_no_engine_file(self, clean, tmp_path):
+        with pytest.raises(UnsupportedError, match="builds no engines"):
+            self.build(clean, tmp_path / "a.engine", backend="onnxruntime")
