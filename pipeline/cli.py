@@ -492,7 +492,7 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
     headings = ("precision", "mIoU", "against FP32", "same class as FP32", "largest logit error", "ran on", "verdict")
     _print_table(headings, rows)
     if any(r.candidate.emulated for r in reports):
-        print("emulated: the engine was built but cannot run here; its typed graph ran on ONNX Runtime instead")
+        print("emulated: no engine ran on this machine; its typed graph ran on ONNX Runtime instead (see unet-trt doctor)")
     if page is not None:
         print(f"report: {page}\nmasks:  {work.folder / 'validate'}/<precision>/overlays")
 

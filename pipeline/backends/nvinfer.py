@@ -32,7 +32,7 @@ Adjust = Callable[[Any, Any, Any], None]
 
 def strongly_typed_offered(trt: Any) -> bool:
     """Whether networks can take all their types from the graph."""
-    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
 
 
 def create_builder(trt: Any) -> Any:
@@ -54,7 +54,7 @@ def create_builder(trt: Any) -> Any:
 
 def create_network(trt: Any, builder: Any, *, strongly_typed: bool) -> Any:
     """An empty network with an explicit batch dimension."""
-    flags = trt.NetworkDefinitionCreationFlag
+    flags = getattr(trt, "NetworkDefinitionCreationFlag", None)
     wanted = ["EXPLICIT_BATCH", *(["STRONGLY_TYPED"] if strongly_typed else [])]
     return builder.create_network(sum(1 << int(getattr(flags, name)) for name in wanted if hasattr(flags, name)))
 

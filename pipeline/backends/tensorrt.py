@@ -53,6 +53,11 @@ def implicit_offered(trt: Any) -> bool:
     )
 
 
+def strongly_typed(trt: Any) -> bool:
+    """Whether the explicit route takes all types from the graph: where that is offered, or nothing else is."""
+    return nvinfer.strongly_typed_offered(trt) or not implicit_offered(trt)
+
+
 class TensorrtBuilder:
     """Engines for this machine's GPU.
 
@@ -68,7 +73,7 @@ class TensorrtBuilder:
         except UnsupportedError as error:
             why = f"{error.problem}; {error.fix}"
             return Capabilities(self.name, None, False, False, why_not_build=why, why_not_run=why)
-        typed = nvinfer.strongly_typed_offered(trt)
+        typed = strongly_typed(trt)
         routes: tuple[RouteName, ...] = ("explicit",)
         if implicit_offered(trt):
             routes = ("explicit", "implicit") if typed else ("implicit", "explicit")
@@ -94,7 +99,7 @@ class TensorrtBuilder:
             if request.table is None:
                 raise CalibrationError("INT8 needs a calibration table", fix="calibrate first")
             calibrator = cached_calibrator(trt, request.table)
-        typed = not implicit and nvinfer.strongly_typed_offered(trt)
+        typed = not implicit and strongly_typed(trt)
 
         def adjust(builder: Any, config: Any, profile: Any) -> None:
             if request.precision != "fp32":

@@ -98,7 +98,7 @@ class Histogram:
         coarse bin holds 4 to 8, would make neighbours differ by up to a quarter and so shape the divergences.
         """
         below = self._below(np.linspace(0.0, self.amax / self.width, bins + 1, dtype=np.float64))
-        below[-1] = self.total
+        below[0], below[-1] = 0, self.total
         return np.diff(below)
 
     def share_above(self, amax: float) -> float:

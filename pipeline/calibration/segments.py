@@ -18,12 +18,12 @@ class Segment:
 
     Attributes:
         model: reads the image or what earlier segments carry; gives what is observed or carried.
-        observed: outputs that somebody wants to see.
+        observed: outputs that somebody wants to see, in topological order.
         carried: tensors, of this segment or earlier ones, that later segments read.
     """
 
     model: ModelProto
-    observed: frozenset[str]
+    observed: tuple[str, ...]
     carried: frozenset[str]
 
 
@@ -42,6 +42,8 @@ def split(model: ModelProto, observed: Sequence[str], shapes: dict[str, tuple[in
     for value in fixed.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
             dim.dim_value = size
+    # As an output of the graph, a tensor would keep the size that is declared instead of the one inferred.
+    del fixed.graph.output[:]
     values = infer(fixed)
     nodes = list(model.graph.node)
     sizes = {
@@ -60,7 +62,7 @@ def split(model: ModelProto, observed: Sequence[str], shapes: dict[str, tuple[in
         wanted = [name for name in dict.fromkeys(n for node in run for n in node.output) if name in {*observed, *later}]
         if wanted:
             part = _part(model, run, sorted(reads[index] - produced), wanted, values)
-            segments.append(Segment(part, frozenset(observed).intersection(produced), later))
+            segments.append(Segment(part, tuple(name for name in wanted if name in observed), later))
     return segments
 
 

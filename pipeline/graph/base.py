@@ -21,7 +21,6 @@ from onnx_graphsurgeon.ir.tensor import SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from pipeline.errors import ModelError, PipelineError
-from pipeline.graph.shapes import set_value_info
 
 Fired = tuple[str, str]
 MAX_ROUNDS = 10
@@ -90,8 +89,8 @@ def run_passes(
         stop_after: stop after this many executions that changed the graph (to find out which one broke it).
 
     Returns:
-        The rewritten model with value_info inferred anew, or an untouched copy where no pass changed anything; and
-        every execution of a pass.
+        The rewritten model without value_info, or an untouched copy where no pass changed anything; and every
+        execution of a pass.
 
     Raises:
         ModelError: a pass failed (named), or no fixed point within ``max_rounds``.
@@ -112,7 +111,7 @@ def run_passes(
                 runs.append(PassRun(step.name, number, result, time.perf_counter() - start))
                 changes += result.modified
                 if changes == stop_after:
-                    return _finish(graph, copy), tuple(runs)
+                    return export_graph(graph, copy), tuple(runs)
             if changes == before:
                 break
         else:
@@ -126,7 +125,7 @@ def run_passes(
             unchanged = ModelProto()
             unchanged.CopyFrom(model)
             return unchanged, tuple(runs)
-        return _finish(graph, copy), tuple(runs)
+        return export_graph(graph, copy), tuple(runs)
 
 
 def _call(step: Pass, graph: gs.Graph) -> PassResult:
@@ -139,12 +138,6 @@ def _call(step: Pass, graph: gs.Graph) -> PassResult:
             f"the cleaning pass {step.name} failed: {type(error).__name__}: {error}",
             fix="report the model; --debug shows where the pass failed",
         ) from error
-
-
-def _finish(graph: gs.Graph, shell: ModelProto) -> ModelProto:
-    model = export_graph(graph, shell)
-    set_value_info(model)
-    return model
 
 
 def import_graph(model: ModelProto) -> gs.Graph:
@@ -219,21 +212,20 @@ def _export_node(node: gs.Node, outer: set[int]) -> NodeProto:
     proto.input.extend(tensor.name for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
     kept: dict[str, AttributeProto] = {}
+    attributes: dict[str, AttributeProto] = {}
     if origin is not None:
         proto.doc_string, proto.overload = origin.doc_string, origin.overload
         proto.metadata_props.extend(origin.metadata_props)
         kept = {attribute.name: attribute for attribute in origin.attribute}
         # Attributes that graphsurgeon skipped at import (sparse tensors, types) are in no dictionary.
-        proto.attribute.extend(attribute for name, attribute in kept.items() if name not in imported)
+        attributes = {name: kept[name] for name in kept if name in node.attrs or name not in imported}
     for key, value in node.attrs.items():
         if isinstance(value, gs.Graph):
-            attribute = AttributeProto(name=key, type=AttributeProto.GRAPH)
-            attribute.g.CopyFrom(_export(value, outer))
-            proto.attribute.append(attribute)
-        elif key in kept and value is imported.get(key):
-            proto.attribute.append(kept[key])
-        else:
-            proto.attribute.extend(OnnxExporter.export_attributes({key: value}))
+            attributes[key] = AttributeProto(name=key, type=AttributeProto.GRAPH)
+            attributes[key].g.CopyFrom(_export(value, outer))
+        elif key not in kept or value is not imported.get(key):
+            (attributes[key],) = OnnxExporter.export_attributes({key: value})
+    proto.attribute.extend(attributes.values())
     return proto
 
 

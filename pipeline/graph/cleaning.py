@@ -20,6 +20,7 @@ from pipeline.graph.constants import (
 )
 from pipeline.graph.names import StableNames
 from pipeline.graph.padding import RemoveZeroPads
+from pipeline.graph.shapes import set_value_info
 from pipeline.graph.upsample import NormalizeResize
 
 
@@ -67,6 +68,8 @@ def clean_model(
             expected="valid ONNX",
             fix="export the model again; where that does not help, report it",
         )
+    if any(run.result.modified for run in runs):
+        set_value_info(cleaned)
     return cleaned, runs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -133,7 +134,7 @@ def test_validation_fails_beyond_its_bounds_and_still_writes_its_report(project:
     project.edit(validate={"tolerances": bound})
     result = unet_trt("validate", "-c", project.config, "-p", "int8")
     assert result.code == 1, result
-    assert "agreement with FP32's masks" in result.err
+    assert "images outside 3 (bound 0)" in result.err
     report = load(project.root / "working" / "build" / "tiny" / "validate" / "int8" / "report.json")
     assert report["passed"] is False
 
@@ -249,6 +250,8 @@ def test_doctor_says_what_this_machine_can_do(unet_trt: Command) -> None:
 
 def test_help_is_there_for_every_command(unet_trt: Command) -> None:
     listed = unet_trt("--help").out
-    for command in re.findall(r"^│ (\w+) ", listed, re.MULTILINE):
-        assert f" {command} " in listed
+    commands = set(re.findall(r"^│ (\w+) +[A-Z]", listed, re.MULTILINE))
+    assert commands >= {"run", "export", "clean", "calibrate", "engine", "validate", "benchmark", "report", "regress"}
+    assert commands >= {"predict", "inspect", "doctor", "train"}
+    for command in commands:
         assert unet_trt(command, "--help").code == 0

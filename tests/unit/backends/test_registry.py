@@ -134,6 +134,7 @@ IMPLICIT = {
         (IMPLICIT, {"EXPLICIT_BATCH": 0}, ("implicit", "explicit")),
         (IMPLICIT, {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, ("explicit", "implicit")),
         ({"BuilderFlag": SimpleNamespace(TF32=0)}, {"STRONGLY_TYPED": 1}, ("explicit",)),
+        ({"BuilderFlag": SimpleNamespace(TF32=0)}, {}, ("explicit",)),
     ],
 )
 def test_routes_are_read_off_the_library(monkeypatch, parts, network_flags, routes):
@@ -146,6 +147,7 @@ def test_routes_are_read_off_the_library(monkeypatch, parts, network_flags, rout
     monkeypatch.setattr(cuda, "current_device", no_gpu)
     found = tensorrt.TensorrtBuilder().capabilities()
     assert found.routes == routes
+    assert found.strongly_typed is (routes[0] == "explicit")
     assert found.why_not_build == "this machine has no NVIDIA driver; use a machine with a GPU"
     assert found.version == "8.6.0"
 

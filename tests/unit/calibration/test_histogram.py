@@ -112,7 +112,7 @@ def test_empty_arrays_count_nothing() -> None:
 def test_not_finite_is_refused_with_its_names(bad: float) -> None:
     x = np.zeros(3 * CHUNK, np.float32)
     x[2 * CHUNK + 5] = bad
-    with pytest.raises(CalibrationError, match="tensor conv_3 holds NaN.*image cat") as caught:
+    with pytest.raises(CalibrationError, match=r"tensor conv_3 holds NaN.*image cat") as caught:
         Histogram("conv_3").add(x, "cat")
     assert caught.value.got == f"1 of {x.size} values are not finite"
 

@@ -1,0 +1,299 @@
+"""Calibration of an exported UNet: ranges, reproducibility, memory, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import struct
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from pipeline.artifacts import from_json, sha256_file
+from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.calibration.table import CalibrationTable, check_table, read_cache
+from pipeline.config import CalibrateConfig, PreprocessingConfig
+from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.preprocessing import preprocess
+from pipeline.errors import BuildFolderError, CalibrationError, DataError, ModelError
+from pipeline.graph.io import load_model
+from pipeline.graph.quantize import activation_tensors
+from pipeline.stages import calibrate as stage
+from pipeline.stages.calibrate import ZERO_AMAX, CalibrationReport, calibrate, content_hashes
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+SIZE = 64
+SPEC = PreprocessingConfig(height=SIZE, width=SIZE, channels="grey", mean=(0.4,), std=(0.2,))
+MINMAX, ENTROPY = CalibrateConfig(algorithm="minmax"), CalibrateConfig()
+
+
+def picture(name: str) -> Sample:
+    """Smooth blobs, drawn from the name."""
+    rng = np.random.default_rng(list(name.encode()))
+    coarse = rng.uniform(0, 255, (8, 8))
+    image = np.kron(coarse, np.ones((SIZE // 8, SIZE // 8))) + rng.normal(0, 8, (SIZE, SIZE))
+    return Sample(name, image.clip(0, 255).astype(np.uint8)[..., np.newaxis], None)
+
+
+def pictures(count: int) -> Dataset:
+    return Dataset(tuple(f"image_{n:03d}" for n in range(count)), picture)
+
+
+def export(path: Path, dynamic: bool) -> Path:
+    from models.unet import UNet
+
+    torch.manual_seed(0)
+    network = UNet(in_channels=1, classes=3, base_channels=4).eval()
+    shapes: Any = {"x": {0: torch.export.Dim("batch")}} if dynamic else None
+    example = torch.zeros(2 if dynamic else 1, 1, SIZE, SIZE)
+    torch.onnx.export(
+        network,
+        (example,),
+        path,
+        dynamo=True,
+        external_data=False,
+        input_names=["x"],
+        dynamic_shapes=shapes,
+        verbose=False,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("static") / "model.onnx", dynamic=False)
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("dynamic") / "model.onnx", dynamic=True)
+
+
+def every_activation(path: Path, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """All values of all images at once, by the plainest means."""
+    model = onnx.load(path)
+    names = [name for name in activation_tensors(model) if name != "x"]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    values: dict[str, list[np.ndarray]] = {}
+    with OnnxRuntimeRunner(model.SerializeToString(), optimize=False) as runner:
+        for sample in samples:
+            x = preprocess(sample.image, SPEC)[np.newaxis]
+            for name, array in {"x": x, **runner({"x": x})}.items():
+                values.setdefault(name, []).append(array.ravel())
+    return {name: np.concatenate(arrays) for name, arrays in values.items()}
+
+
+def test_ranges_are_those_of_all_activations(static: Path, tmp_path: Path) -> None:
+    samples = list(pictures(3))
+    report = calibrate(static, samples, MINMAX, SPEC, tmp_path)
+    expected = every_activation(static, samples)
+    tensors = activation_tensors(load_model(static))
+    assert [entry.tensor for entry in report.tensors] == list(tensors)
+    assert tensors[0] == "x"
+    assert any(node.op_type == "Concat" for node in onnx.load(static).graph.node)
+    for entry in report.tensors:
+        values = expected[entry.tensor]
+        assert (entry.minimum, entry.maximum) == (values.min(), values.max())
+        assert entry.amax == np.abs(values).max()
+        assert entry.clipped == 0
+
+
+def test_entropy_clips_little_and_never_widens(static: Path, tmp_path: Path) -> None:
+    samples = list(pictures(4))
+    report = calibrate(static, samples, ENTROPY, SPEC, tmp_path)
+    expected = every_activation(static, samples)
+    for entry in report.tensors:
+        values = np.abs(expected[entry.tensor])
+        assert 0 < entry.amax <= values.max()
+        assert entry.clipped == pytest.approx(np.mean(values > entry.amax), abs=2e-4)
+    assert any(entry.clipped for entry in report.tensors)
+
+
+def test_files(static: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "build" / "calibrate"
+    report = calibrate(static, pictures(3), ENTROPY, SPEC, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["calibration.cache", "report.json"]
+    assert from_json(CalibrationReport, folder / "report.json") == report
+    assert report.cache_sha256 == sha256_file(folder / "calibration.cache")
+    assert report.graph_sha256 == sha256_file(static)
+    assert (report.algorithm, report.calibrator, report.bins) == ("entropy", "pipeline", 2048)
+    assert (report.image_count, report.images) == (3, ("image_000", "image_001", "image_002"))
+
+    header, *lines = (folder / "calibration.cache").read_text().splitlines()
+    assert header == "TRT-8600-EntropyCalibration2"
+    for line, entry in zip(lines, report.tensors, strict=True):
+        assert line == f"{entry.tensor}: {struct.pack('>f', entry.amax / 127).hex()}"
+    table = read_cache(folder / "calibration.cache")
+    check_table(table, activation_tensors(load_model(static)), "cache")
+
+
+def test_the_order_of_the_images_does_not_matter(static: Path, tmp_path: Path) -> None:
+    samples = list(pictures(6))
+    forward = calibrate(static, samples, ENTROPY, SPEC, tmp_path / "a")
+    backward = calibrate(static, samples[::-1], ENTROPY, SPEC, tmp_path / "b")
+    assert forward.tensors == backward.tensors
+    assert forward.cache_sha256 == backward.cache_sha256
+    assert forward.images_sha256 == backward.images_sha256
+    assert forward.images == backward.images[::-1]
+    other = calibrate(static, samples[1:], ENTROPY, SPEC, tmp_path / "c")
+    assert other.images_sha256 != forward.images_sha256
+    assert other.cache_sha256 != forward.cache_sha256
+
+
+@pytest.mark.parametrize("limit", [1, 100_000])
+def test_segments_change_nothing(static: Path, tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = calibrate(static, pictures(2), ENTROPY, SPEC, tmp_path / "a")
+    monkeypatch.setattr(stage, "SEGMENT_BYTES", limit)
+    cut = calibrate(static, pictures(2), ENTROPY, SPEC, tmp_path / "b")
+    assert cut.tensors == whole.tensors
+
+
+def test_dynamic_batch_gives_the_same_ranges(static: Path, dynamic: Path, tmp_path: Path) -> None:
+    assert isinstance(onnx.load(dynamic).graph.input[0].type.tensor_type.shape.dim[0].dim_param, str)
+    a = calibrate(static, pictures(2), MINMAX, SPEC, tmp_path / "a")
+    b = calibrate(dynamic, pictures(2), MINMAX, SPEC, tmp_path / "b")
+    assert a.tensors[0] == b.tensors[0]
+    assert b.tensors[-1].amax == pytest.approx(a.tensors[-1].amax, rel=1e-5)
+
+
+def test_memory_does_not_grow_with_the_images(static: Path, tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        try:
+            calibrate(static, pictures(count), MINMAX, SPEC, tmp_path)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(2)
+    few, many = peak(8), peak(64)
+    one_image = sum(values.nbytes for values in every_activation(static, [picture("a")]).values())
+    assert many - few < one_image / 4
+
+
+def test_progress(static: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    calibrate(static, pictures(3), MINMAX, SPEC, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_few_images_are_noted(static: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        report = calibrate(static, pictures(31), MINMAX, SPEC, tmp_path)
+    assert any("31 calibration images" in note for note in report.notes)
+    assert "31 calibration images" in caplog.text
+    assert calibrate(static, pictures(32), MINMAX, SPEC, tmp_path).notes == ()
+
+
+def test_repeated_images_are_noted(static: Path, tmp_path: Path) -> None:
+    report = calibrate(static, [picture("a"), Sample("b", picture("a").image, None)], MINMAX, SPEC, tmp_path)
+    assert any("1 of 2 calibration images repeat another" in note for note in report.notes)
+
+
+def test_no_images(static: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no calibration images"):
+        calibrate(static, [], MINMAX, SPEC, tmp_path)
+
+
+def test_validation_images_are_refused_by_content(static: Path, tmp_path: Path) -> None:
+    held_out = content_hashes([Sample("val_7", picture("image_001").image, None), picture("another")])
+    with pytest.raises(CalibrationError, match="calibration image image_001 is the validation image val_7"):
+        calibrate(static, pictures(3), MINMAX, SPEC, tmp_path / "out", validation=held_out)
+    assert not (tmp_path / "out").exists()
+    calibrate(static, pictures(1), MINMAX, SPEC, tmp_path / "out", validation=held_out)
+
+
+def test_images_of_another_size(static: Path, tmp_path: Path) -> None:
+    samples = [picture("a"), Sample("tall", np.zeros((96, 64, 1), np.uint8), None)]
+    with pytest.raises(CalibrationError, match="calibration image tall does not fit") as caught:
+        calibrate(static, samples, MINMAX, SPEC, tmp_path)
+    assert caught.value.got.startswith("(1, 1, 96, 64)")
+
+
+def test_images_that_cannot_be_read(static: Path, tmp_path: Path) -> None:
+    def load(name: str) -> Sample:
+        raise DataError(f"the image {name} cannot be decoded")
+
+    with pytest.raises(DataError, match="the image a"):
+        calibrate(static, Dataset(("a",), load), MINMAX, SPEC, tmp_path)
+
+
+def test_not_finite_activations_name_tensor_and_image(static: Path, tmp_path: Path) -> None:
+    model = onnx.load(static)
+    weights = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    values = numpy_helper.to_array(weights).copy()
+    values[0, 0, 0, 0] = math.nan
+    weights.CopyFrom(numpy_helper.from_array(values, weights.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    first = next(node.output[0] for node in model.graph.node if weights.name in node.input)
+    with pytest.raises(CalibrationError, match=rf"tensor {first} holds NaN.*image image_000"):
+        calibrate(tmp_path / "nan.onnx", pictures(2), MINMAX, SPEC, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def small(path: Path, body: str, inputs: str = "float[1, 1, 64, 64] x", outputs: str = "float[1, 1, 64, 64] y") -> Path:
+    onnx.save(
+        parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> agraph ({inputs}) => ({outputs}) {body}'), path
+    )
+    return path
+
+
+def test_a_tensor_of_zeros_gets_a_small_range(tmp_path: Path) -> None:
+    path = small(tmp_path / "m.onnx", "<float zero = {0.0}> { z = Mul(x, zero) y = Add(x, z) }")
+    report = calibrate(path, pictures(1), ENTROPY, SPEC, tmp_path)
+    by_name = {entry.tensor: entry for entry in report.tensors}
+    assert by_name["z"].amax == ZERO_AMAX
+    assert any("tensor z is zero on every image" in note for note in report.notes)
+    assert not any("tensor y" in note for note in report.notes)
+    assert read_cache(tmp_path / "calibration.cache").scale("z") == 2.0**-14
+
+
+def test_a_fixed_batch_gets_the_image_repeated(tmp_path: Path) -> None:
+    shape = "float[3, 1, 64, 64]"
+    path = small(tmp_path / "m.onnx", "{ y = Neg(x) }", f"{shape} x", f"{shape} y")
+    report = calibrate(path, pictures(1), MINMAX, SPEC, tmp_path)
+    assert report.tensors[1].minimum == -report.tensors[0].maximum
+
+
+def test_two_inputs_are_refused(tmp_path: Path) -> None:
+    path = small(tmp_path / "m.onnx", "{ y = Add(x, w) }", "float[1, 1, 64, 64] x, float[1, 1, 64, 64] w")
+    with pytest.raises(ModelError, match="has 2 inputs"):
+        calibrate(path, pictures(1), MINMAX, SPEC, tmp_path)
+
+
+def test_an_unwritable_folder(static: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BuildFolderError, match="file"):
+        calibrate(static, pictures(1), MINMAX, SPEC, tmp_path / "file" / "calibrate")
+
+
+def test_tensorrts_own_calibrator(static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for a GPU: TensorRT gets each image once, checked, and its table becomes the cache."""
+    from pipeline.backends import tensorrt
+
+    seen: list[np.ndarray] = []
+
+    def fake(model: Path, batches: Iterator[dict[str, np.ndarray]], algorithm: str, config: object) -> CalibrationTable:
+        assert (model, algorithm) == (static, "minmax")
+        seen.extend(itertools.chain.from_iterable(batch.values() for batch in batches))
+        return CalibrationTable("minmax", {"x": 2.0, "y": 3.0})
+
+    monkeypatch.setattr(tensorrt, "calibrate_with_tensorrt", fake)
+    config = CalibrateConfig(algorithm="minmax", calibrator="tensorrt")
+    report = calibrate(static, pictures(2), config, SPEC, tmp_path)
+    assert [x.shape for x in seen] == [(1, 1, SIZE, SIZE)] * 2
+    assert (report.calibrator, report.image_count) == ("tensorrt", 2)
+    assert [(entry.tensor, entry.amax, entry.clipped) for entry in report.tensors] == [("x", 2, None), ("y", 3, None)]
+    assert read_cache(tmp_path / "calibration.cache").amax["y"] == pytest.approx(3, rel=1e-6)
+    with pytest.raises(CalibrationError, match="is the validation image"):
+        calibrate(static, pictures(2), config, SPEC, tmp_path, validation=content_hashes([picture("image_001")]))
