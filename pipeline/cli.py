@@ -197,6 +197,7 @@ def engine(
                 print(work.engine(each) / "model.engine")
         return
     from pipeline.artifacts import sha256_file
+    from pipeline.calibration.table import read_cache
     from pipeline.config import EngineConfig
     from pipeline.errors import ConfigError
     from pipeline.graph.io import load_model, read_card
@@ -207,7 +208,7 @@ def engine(
         raise ConfigError("one file is built at a time", expected="one -p", got=" ".join(precision or ()))
     target = _required(output, "-o model.engine")
     settings_of_engine = _section(EngineConfig, {"backend": backend or "auto", "route": route or "auto"})
-    table = _read_table(calibration_cache) if calibration_cache else None
+    table = read_cache(calibration_cache) if calibration_cache else None
     cache_sha256 = sha256_file(calibration_cache) if calibration_cache else None
     card = read_card(load_model(model))
     build_engine_file(model, chosen, settings_of_engine, table, cache_sha256, card, target)
@@ -402,17 +403,6 @@ def _section(model: Any, values: dict[str, Any]) -> Any:
         raise ConfigError(f"{first['loc'][0]}: {first['msg']}", got=str(first["input"])) from error
 
 
-def _read_table(cache: Path) -> Any:
-    from pipeline.calibration.table import CalibrationTable
-    from pipeline.errors import CalibrationError
-
-    try:
-        text = cache.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read the calibration cache {cache}: {error}", fix="check the path") from error
-    return CalibrationTable.from_cache(text, str(cache))
-
-
 def _card_of(model: Path) -> Any:
     from pipeline.graph.io import load_model, read_card
 
@@ -492,7 +482,9 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
     headings = ("precision", "mIoU", "against FP32", "same class as FP32", "largest logit error", "ran on", "verdict")
     _print_table(headings, rows)
     if any(r.candidate.emulated for r in reports):
-        print("emulated: no engine ran on this machine; its typed graph ran on ONNX Runtime instead (see unet-trt doctor)")
+        print(
+            "emulated: no engine ran on this machine; its typed graph ran on ONNX Runtime instead (see unet-trt doctor)"
+        )
     if page is not None:
         print(f"report: {page}\nmasks:  {work.folder / 'validate'}/<precision>/overlays")
 

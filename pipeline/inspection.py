@@ -6,7 +6,6 @@ import collections
 import importlib.metadata
 import math
 import platform
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +88,14 @@ def _engine(path: Path) -> dict[str, Any]:
 
 
 def _cache(path: Path) -> dict[str, Any]:
-    from pipeline.calibration.table import CalibrationTable
+    from pipeline.calibration.table import read_cache
 
-    table = CalibrationTable.from_cache(path.read_text(encoding="utf-8"), str(path))
+    table = read_cache(path)
     return {
         "file": str(path),
         "algorithm": table.algorithm,
         "tensors": len(table.amax),
-        "amax": {tensor: float(struct.unpack(">f", struct.pack(">f", v))[0]) for tensor, v in table.amax.items()},
+        "amax": dict(table.amax),
     }
 
 

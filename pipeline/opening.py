@@ -9,7 +9,7 @@ import onnx
 
 from pipeline.artifacts import ModelCard, sha256_file
 from pipeline.backends.base import Runner
-from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.backends.onnxruntime import emulate
 from pipeline.config import Precision
 from pipeline.engines import load_engine, read_manifest
 from pipeline.errors import EngineError
@@ -27,7 +27,7 @@ def open_model(path: Path, *, trust: bool = False) -> tuple[Runner, ModelCard | 
         ModelError, EngineError, UnsupportedError: as the two loaders.
     """
     if path.suffix == ".onnx":
-        return OnnxRuntimeRunner(path), read_card(load_model(path))
+        return emulate(path), read_card(load_model(path))
     runner = load_engine(path, trust=trust)
     try:
         return runner, read_manifest(path).card

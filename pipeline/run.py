@@ -158,8 +158,14 @@ class Run:
             self._stage(
                 "calibrate",
                 lambda folder: calibrate(
-                cleaned, images, config, self.config.preprocessing, folder, validation=content_hashes(validation)
-            ),
+                    cleaned,
+                    images,
+                    config,
+                    self.config.preprocessing,
+                    folder,
+                    validation=content_hashes(validation),
+                    engine=self.config.engine,
+                ),
                 config=[config, self.config.preprocessing],
                 parents={
                     "clean": _hash(cleaned),
@@ -345,7 +351,7 @@ class Run:
         self, precision: Precision, engine: Path
     ) -> tuple[Candidate, Callable[[], AbstractContextManager[Runner]]]:
         """What validation judges: the engine where it runs, else its typed graph on ONNX Runtime."""
-        from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+        from pipeline.backends.onnxruntime import emulate
         from pipeline.engines import load_engine
 
         plan, typed, target = engine / "model.engine", engine / "model.onnx", self._resolved(precision)
@@ -356,7 +362,7 @@ class Run:
             return what, functools.partial(load_engine, plan)
         ran = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
         what = Candidate(precision, True, ran, _hash(typed) or "", sha, target.route)
-        return what, functools.partial(OnnxRuntimeRunner, typed)
+        return what, functools.partial(emulate, typed)
 
     def _provenance(self) -> list[tuple[str, str]]:
         rows = [
@@ -433,9 +439,9 @@ def _hash(path: Path | None) -> str | None:
 
 
 def _table(cache: Path | None) -> CalibrationTable | None:
-    from pipeline.calibration.table import CalibrationTable
+    from pipeline.calibration.table import read_cache
 
-    return CalibrationTable.from_cache(cache.read_text(encoding="utf-8"), str(cache)) if cache else None
+    return read_cache(cache) if cache else None
 
 
 def _version(tool: str) -> str | None:

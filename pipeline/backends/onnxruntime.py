@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pipeline.artifacts import TensorSpec
 from pipeline.backends.base import Arrays, Capabilities, check_feeds
 from pipeline.errors import ModelError
+from pipeline.graph.emulate import exactly_rounded
+from pipeline.graph.io import load_model
 
 # Exceptions of ONNX Runtime share no public base class but these modules' own.
 ORT_ERRORS = (
@@ -49,15 +51,17 @@ class OnnxRuntimeRunner:
     Args:
         model: path or serialized bytes.
         optimize: let ONNX Runtime rewrite the graph; off for comparisons of graphs with each other.
+        arena: keep freed memory for the next call; off where many sessions are open at once.
 
     Raises:
         ModelError: ONNX Runtime cannot load the graph.
     """
 
-    def __init__(self, model: Path | bytes, *, optimize: bool = True) -> None:
+    def __init__(self, model: Path | bytes, *, optimize: bool = True, arena: bool = True) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
@@ -93,6 +97,14 @@ class OnnxRuntimeRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def emulate(typed: Path) -> OnnxRuntimeRunner:
+    """A typed graph (or any other ONNX file) on ONNX Runtime, with QuantizeLinear rounding as the standard says."""
+    model = load_model(typed)
+    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return OnnxRuntimeRunner(typed)
+    return OnnxRuntimeRunner(exactly_rounded(model).SerializeToString())
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -240,7 +240,7 @@ def _collect(model: onnx.ModelProto, tensors: Sequence[str], images: _Images) ->
                 observed = [tensor for tensor in tensors if tensor != source and tensor not in unions]
                 for segment in split(model, observed, {source: x.shape}, SEGMENT_BYTES):
                     # Optimising needs more memory here and is no faster: with every tensor an output, little fuses.
-                    runner = OnnxRuntimeRunner(segment.model.SerializeToString(), optimize=False)
+                    runner = OnnxRuntimeRunner(segment.model.SerializeToString(), optimize=False, arena=False)
                     chain.append((segment, stack.enter_context(runner)))
             if source in histograms:
                 histograms[source].add(x, image)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, CompareFunc, RunResults
+from polygraphy.exception import PolygraphyException
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
@@ -62,9 +64,20 @@ class _Adapter(BaseRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         started = time.perf_counter()
-        outputs = self.runner(feed_dict)
+        # Polygraphy hashes and stores arrays, and takes contiguous ones only.
+        outputs = {name: np.ascontiguousarray(array) for name, array in self.runner(feed_dict).items()}
         self.inference_time = time.perf_counter() - started
         return outputs
+
+
+@contextlib.contextmanager
+def _polygraphy() -> Iterator[None]:
+    """Polygraphy quiet, and its errors as the project's own."""
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            yield
+    except PolygraphyException as error:
+        raise ModelError(f"Polygraphy cannot compare the outputs: {error}") from error
 
 
 def validate(
@@ -99,7 +112,7 @@ def validate(
     pictures: list[str] = []
     for index, sample in enumerate(track(dataset, f"validating {what.precision}", len(dataset))):
         feed = _feed(candidate, sample, card)
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        with _polygraphy():
             results = Comparator.run(runners, data_loader=[feed])
         mask = judge.add(sample, results)
         if index < config.saved_runs:
@@ -154,7 +167,7 @@ class _Judge:
                 got=str({k: v.shape for k, v in ours.items()}),
                 fix="validate the engine with the ONNX file it was built from",
             )
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        with _polygraphy():
             accuracy = Comparator.compare_accuracy(results, compare_func=self.compare)
         logits, reference = next(iter(ours.values())), next(iter(theirs.values()))
         error = np.abs(logits.astype(np.float32) - reference)
@@ -252,7 +265,7 @@ def _draw(sample: Sample, mask: Pixels, card: ModelCard, folder: Path) -> list[s
 def _save_runs(saved: list[tuple[dict[str, Any], RunResults]], folder: Path) -> None:
     if not saved:
         return
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    with _polygraphy():
         save_json([feed for feed, _ in saved], str(folder / "inputs.json"))
         for index, file in enumerate(("candidate.json", "reference.json")):
             runs = [list(results.items())[index] for _, results in saved]

@@ -7,9 +7,10 @@ import logging
 import math
 import struct
 import tracemalloc
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -166,19 +167,46 @@ def test_dynamic_batch_gives_the_same_ranges(static: Path, dynamic: Path, tmp_pa
     assert b.tensors[-1].amax == pytest.approx(a.tensors[-1].amax, rel=1e-5)
 
 
-def test_memory_does_not_grow_with_the_images(static: Path, tmp_path: Path) -> None:
-    def peak(count: int) -> int:
+class CountingRunner(OnnxRuntimeRunner):
+    """Knows how many bytes of all runners' outputs were alive at once (tracemalloc does not see them)."""
+
+    alive: ClassVar[list[weakref.ref[np.ndarray]]] = []
+    most = 0
+
+    def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
+        outputs = super().__call__(feeds)
+        CountingRunner.alive = [ref for ref in self.alive if ref() is not None]
+        CountingRunner.alive += [weakref.ref(array) for array in outputs.values()]
+        now = sum(array.nbytes for ref in self.alive if (array := ref()) is not None)
+        CountingRunner.most = max(self.most, now)
+        return outputs
+
+
+@pytest.fixture
+def peak_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], int]:
+    """The most that activations, and other arrays and objects, took at once when calibrating on so many images."""
+    monkeypatch.setattr(stage, "OnnxRuntimeRunner", CountingRunner)
+
+    def measure(model: Path, count: int) -> int:
+        CountingRunner.alive, CountingRunner.most = [], 0
         tracemalloc.start()
         try:
-            calibrate(static, pictures(count), MINMAX, SPEC, tmp_path)
-            return tracemalloc.get_traced_memory()[1]
+            calibrate(model, pictures(count), MINMAX, SPEC, tmp_path)
+            return CountingRunner.most + tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
-    peak(2)
-    few, many = peak(8), peak(64)
-    one_image = sum(values.nbytes for values in every_activation(static, [picture("a")]).values())
-    assert many - few < one_image / 4
+    return measure
+
+
+def activation_bytes(model: Path) -> int:
+    return sum(values.nbytes for values in every_activation(model, [picture("a")]).values())
+
+
+def test_memory_does_not_grow_with_the_images(static: Path, peak_bytes: Callable[[Path, int], int]) -> None:
+    peak_bytes(static, 2)
+    few, many = peak_bytes(static, 8), peak_bytes(static, 64)
+    assert many - few < activation_bytes(static) / 4
 
 
 def test_progress(static: Path, tmp_path: Path) -> None:
@@ -246,6 +274,24 @@ def small(path: Path, body: str, inputs: str = "float[1, 1, 64, 64] x", outputs:
         parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> agraph ({inputs}) => ({outputs}) {body}'), path
     )
     return path
+
+
+def test_segments_are_not_alive_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak_bytes: Callable[[Path, int], int]
+) -> None:
+    """Twelve tensors of 1 MiB, of which one segment holds two at most."""
+    chain = " ".join(f"t{n + 1} = Neg(t{n})" for n in range(11))
+    model = small(
+        tmp_path / "m.onnx",
+        f"<int64[4] r = {{1, 64, 1, 1}}> {{ t0 = Tile(x, r) {chain} y = Neg(t11) }}",
+        outputs="float[1, 64, 64, 64] y",
+    )
+    peak_bytes(model, 1)
+    whole = peak_bytes(model, 2)
+    monkeypatch.setattr(stage, "SEGMENT_BYTES", 2 << 20)
+    cut = peak_bytes(model, 2)
+    assert whole > 12 << 20
+    assert cut < whole - (8 << 20)
 
 
 def test_a_tensor_of_zeros_gets_a_small_range(tmp_path: Path) -> None:

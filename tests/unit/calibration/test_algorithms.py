@@ -102,6 +102,10 @@ def test_outliers_that_are_many_stay() -> None:
     assert entropy(histogram) > 20
 
 
+def test_where_clipping_gains_nothing_nothing_is_clipped() -> None:
+    assert entropy(counted(np.append(np.full(10_000, 0.5), 1.0))) == 1.0
+
+
 def test_zeros_after_relu_do_not_narrow_the_range() -> None:
     """With the zeros counted, half of all values would sit in one bin and the narrowest range would win."""
     positive = np.abs(NORMAL)
