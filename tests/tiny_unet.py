@@ -16,11 +16,12 @@ SIZE, CHANNELS, CLASSES = 32, 16, 3
 
 
 def tiny_unet(batch: int | str = 1, *, size: int | str = SIZE, antialias: bool = False, seed: int = 0) -> ModelProto:
-    """float32 image (batch, 3, size, size) to logits (batch, 3, size, size), opset 17.
+    """float32 image (batch, 3, size, size) to logits (batch, 3, size, size), opset 17; a name leaves the sizes free.
 
     Two levels: the lower one comes up by Resize, the upper one by ConvTranspose; both are concatenated with their skip.
     """
     rng = np.random.default_rng(seed)
+    height, width = (size, size) if isinstance(size, int) else (f"{size}_height", f"{size}_width")
     weights: dict[str, NDArray[np.float32]] = {}
     nodes = []
 
@@ -63,8 +64,8 @@ def tiny_unet(batch: int | str = 1, *, size: int | str = SIZE, antialias: bool =
     graph = helper.make_graph(
         nodes,
         "tiny_unet",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, size, size])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES, size, size])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, height, width])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES, height, width])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     opset = 18 if antialias else 17

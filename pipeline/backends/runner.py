@@ -227,7 +227,7 @@ class EngineRunner:
             if not accepted:
                 raise EngineError(f"the engine refuses shape {shape} of {spec.name}: {'; '.join(errors_of(messages))}")
         for spec in (*self.inputs, *self.outputs):
-            shape = tuple(self._context.get_tensor_shape(spec.name))
+            shape = self._shape(spec.name, shapes)
             if any(size < 0 for size in shape):
                 raise EngineError(
                     f"the shape of tensor {spec.name} depends on its data",
@@ -237,6 +237,18 @@ class EngineRunner:
                 )
             self._allocate(spec.name, math.prod(shape) * np.dtype(spec.dtype).itemsize)
         self._bound = shapes
+
+    def _shape(self, name: str, fed: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        with collected(self.trt) as messages:
+            dims = self._context.get_tensor_shape(name)
+            try:
+                return tuple(dims)
+            except ValueError as error:  # -1 dimensions: TensorRT's way of saying that no shape follows
+                raise EngineError(
+                    f"the engine finds no shape for tensor {name}: {'; '.join(errors_of(messages))}",
+                    got=f"inputs of shape {', '.join(map(str, fed))}",
+                    fix="use sizes that the network can take; axes of one name have to be equal",
+                ) from error
 
     def _in_profile(self, name: str, shape: tuple[int, ...]) -> None:
         profile = self.profiles.get(name)

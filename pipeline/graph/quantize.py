@@ -53,6 +53,8 @@ def quantize(model: ModelProto, table: CalibrationTable, *, half: bool, exclude:
     2. Its weight goes through a pair of its own: symmetric per output channel (axis 0; ConvTranspose: axis 1), scale =
        amax of the channel / 127. The weight stays a float initializer before QuantizeLinear, the form that every
        TensorRT parser since 8.0 reads; the engine holds int8.
+       TensorRT 8.6's parser takes the kernel's size from ``kernel_shape`` alone where the weight is no initializer, so
+       that attribute is written where it is absent.
     3. The bias stays float.
 
     Not quantized: nodes that ``exclude`` names, convolutions whose weight is no initializer, every other operator.
@@ -109,6 +111,7 @@ class _Quantizer:
                 marked, tensor = next(todo)
                 if marked:
                     node.input[0] = self._activation(node.input[0], tensor)
+                    _name_kernel(node, self.weights[node.input[1]])
                     node.input[1] = self._weight(node)
             self.nodes.append(node)
         kept = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
@@ -167,6 +170,11 @@ class _Quantizer:
                 )
             )
         return floats
+
+
+def _name_kernel(node: NodeProto, weight: TensorProto) -> None:
+    if not any(attribute.name == "kernel_shape" for attribute in node.attribute):
+        node.attribute.append(onnx.helper.make_attribute("kernel_shape", list(weight.dims[2:])))
 
 
 def _is_convolution(node: NodeProto) -> bool:

@@ -27,7 +27,7 @@ from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Axis, EngineConfig, Precision, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.graph.half import to_half
-from pipeline.graph.io import load_model, model_inputs, save_model
+from pipeline.graph.io import load_model, model_inputs, model_outputs, save_model
 from pipeline.graph.quantize import activation_tensors, quantizable_tensors, quantize
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,10 @@ def build_engine(
                 "engine.exclude needs the explicit route", got="route: implicit", fix="set engine.route to explicit"
             )
         notes += check_table(model, table)
+        # Outputs leave the engine as floats: eight bits would only cost ties between classes.
+        outputs = {spec.name for spec in model_outputs(model)}
+        kept = {tensor: amax for tensor, amax in table.amax.items() if tensor not in outputs}
+        table = CalibrationTable(table.algorithm, kept)
     if builder is None:
         return None
     request = BuildRequest(

@@ -171,7 +171,8 @@ class TestCalibration:
     def test_entropy_table_builds_an_engine(self, folder, table):
         found = calibrate_with_tensorrt(folder / "clean.onnx", images(8), "entropy", settings())
         assert found.algorithm == "entropy"
-        assert all(found.amax[name] <= table.amax[name] * 1.05 for name in found.amax if name in table.amax)
+        ratios = {name: found.amax[name] / table.amax[name] for name in found.amax if name in table.amax}
+        assert max(ratios.values()) <= 1.05, ratios
         target = folder / "entropy"
         build_engine(folder / "clean.onnx", "int8", settings("implicit"), found, None, None, target, None)
         (feeds,) = images(1, seed=7)
@@ -269,12 +270,19 @@ def test_timing_cache_cold_warm_damaged(folder, tmp_path):
 
 
 def test_a_refused_node_is_named(tmp_path):
-    clean = save(tiny_unet(antialias=True), tmp_path / "clean.onnx")
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("MaxPool", ["image"], ["small", "places"], "shrink", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("MaxUnpool", ["small", "places"], ["logits"], "grow", kernel_shape=[2, 2], strides=[2, 2]),
+    ]
+    image, logits = (value(name, TensorProto.FLOAT, [1, 3, 32, 32]) for name in ("image", "logits"))
+    graph = helper.make_graph(nodes, "segnet", [image], [logits])
+    clean = tmp_path / "clean.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), clean)
     with pytest.raises(EngineError) as caught:
         build_engine(clean, "fp32", settings(), None, None, None, tmp_path / "out", None)
     line = str(caught.value).splitlines()[0]
-    assert "(Resize)" in line
-    assert "up1" in line
+    assert "shrink (MaxPool)" in line or "grow (MaxUnpool)" in line
 
 
 def test_an_engine_from_image_to_mask(tmp_path):
