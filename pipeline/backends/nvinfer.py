@@ -13,11 +13,12 @@ from typing import Any
 
 import onnx
 
-from pipeline.artifacts import Profile, TensorSpec, write_atomically
+from pipeline.artifacts import Profile, TensorSpec
 from pipeline.backends.base import BuildRequest, BuildResult
 from pipeline.backends.runner import EngineRunner
+from pipeline.backends.timing import read_timing_cache, set_aside, write_timing_cache
 from pipeline.backends.trt_api import DTYPES, collected, errors_of, logger, named_shape
-from pipeline.errors import BuildFolderError, EngineError, UnsupportedError
+from pipeline.errors import EngineError, UnsupportedError
 from pipeline.graph.io import model_inputs, model_outputs
 
 __all__ = ["EngineRunner", "build", "parse", "set_flag", "strongly_typed_offered"]
@@ -84,14 +85,14 @@ def build(
     *,
     strongly_typed: bool,
     adjust: Adjust | None = None,
-    use_timing_cache: bool = True,
+    timing_owner: str | None = None,
 ) -> BuildResult:
     """Parse, configure and build.
 
     Args:
         adjust: called with the builder, its config and the profile (None: static) before the build, for what one
             library alone has.
-        use_timing_cache: False for libraries that time nothing while building.
+        timing_owner: library version, GPU and driver, to which a timing cache is bound; None to build without one.
 
     Raises:
         EngineError: a refused node, an impossible profile, a build that TensorRT gives up.
@@ -109,12 +110,21 @@ def build(
         adjust(builder, config, profile)
     notes: list[str] = []
     timings = "none"
-    cache = None
-    if use_timing_cache and request.timing_cache is not None and hasattr(config, "create_timing_cache"):
-        cache, timings = _attach_timing_cache(trt, config, request.timing_cache, notes)
+    path = request.timing_cache if timing_owner is not None and hasattr(config, "create_timing_cache") else None
+    if path is not None and timing_owner is not None:
+        data = read_timing_cache(path, timing_owner, notes)
+        accepted, said = _attach_timing_cache(trt, config, data)
+        if data and not accepted:
+            set_aside(path, f"TensorRT refuses it: {said}", notes)
+            data = b""
+            accepted, said = _attach_timing_cache(trt, config, data)
+        if accepted:
+            timings = "warm" if data else "cold"
+        if said:
+            notes.append(f"TensorRT said of the timing cache: {said}")
     plan = serialize(trt, builder, network, config, notes)
-    if cache is not None and request.timing_cache is not None:
-        _save_timing_cache(config, request.timing_cache, notes)
+    if path is not None and timing_owner is not None and timings != "none":
+        write_timing_cache(path, timing_owner, bytes(config.get_timing_cache().serialize()), notes)
     return BuildResult(plan, inputs, outputs, time.perf_counter() - start, timings, tuple(notes))
 
 
@@ -224,44 +234,12 @@ def drop_foreign_tactics(trt: Any, config: Any) -> None:
         config.set_tactic_sources(config.get_tactic_sources() & ~foreign)
 
 
-def _attach_timing_cache(trt: Any, config: Any, path: Path, notes: list[str]) -> tuple[Any, str]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        data = b""
-    except OSError as error:
-        notes.append(f"the timing cache {path} could not be read ({error.strerror}); built without it")
-        return None, "none"
+def _attach_timing_cache(trt: Any, config: Any, data: bytes) -> tuple[bool, str]:
+    """Whether TensorRT took the cache, and what it said."""
     with collected(trt) as messages:
         cache = config.create_timing_cache(data)
-        accepted = cache is not None and config.set_timing_cache(cache, False)
-    if data and (not accepted or messages):
-        aside = path.with_name(f"{path.name}.damaged")
-        try:
-            path.replace(aside)
-            where = f"set aside as {aside.name}"
-        except OSError as error:
-            where = f"could not be set aside ({error.strerror})"
-        reason = _joined(messages)
-        notes.append(f"the timing cache {path} is damaged or of another GPU or TensorRT and was {where}: {reason}")
-        log.warning("%s", notes[-1])
-        data = b""
-        cache = config.create_timing_cache(data)
-        accepted = cache is not None and config.set_timing_cache(cache, False)
-    if not accepted:
-        notes.append("TensorRT accepted no timing cache")
-        return None, "none"
-    return cache, "warm" if data else "cold"
-
-
-def _save_timing_cache(config: Any, path: Path, notes: list[str]) -> None:
-    # The engine is built: a cache that cannot be kept costs time on the next build, nothing else.
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, bytes(config.get_timing_cache().serialize()))
-    except (OSError, BuildFolderError) as error:
-        notes.append(f"the timing cache could not be kept: {str(error).splitlines()[0]}")
-        log.warning("%s", notes[-1])
+        accepted = cache is not None and bool(config.set_timing_cache(cache, False))
+    return accepted, _joined(messages) if messages else ""
 
 
 def _spec(tensor: Any, named: Mapping[str, tuple[int | str, ...]]) -> TensorSpec:

@@ -161,7 +161,9 @@ class EngineRunner:
     def layers(self) -> str:
         """What the engine consists of, as TensorRT's engine inspector tells it: JSON text."""
         inspector = self._engine.create_engine_inspector()
-        return str(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
+        text = str(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
+        # TensorRT 8.6.0 leaves control characters in layer names, which no JSON parser takes.
+        return "".join(character for character in text if character >= " " or character == "\n")
 
     def close(self) -> None:
         """Free all GPU memory; the runner cannot be used afterwards. Calling it again does nothing."""

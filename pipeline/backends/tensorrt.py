@@ -114,7 +114,7 @@ class TensorrtBuilder:
                     config.set_calibration_profile(profile)
 
         try:
-            result = nvinfer.build(trt, request, strongly_typed=typed, adjust=adjust)
+            result = nvinfer.build(trt, request, strongly_typed=typed, adjust=adjust, timing_owner=_owner(trt))
         except EngineError as error:
             if calibrator is not None and calibrator.asked:
                 raise _cache_ignored(trt) from error
@@ -303,6 +303,13 @@ def _calibrator(trt: Any, algorithm: Algorithm, feeder: _Feeder) -> Any:
             feeder.cache = bytes(cache)
 
     return Feeding()
+
+
+def _owner(trt: Any) -> str:
+    here = cuda.current_device()
+    return (
+        f"TensorRT {trt.__version__}, {here.name}, compute capability {here.compute_capability}, driver {here.driver}"
+    )
 
 
 @functools.cache

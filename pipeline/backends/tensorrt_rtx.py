@@ -87,4 +87,4 @@ class RtxBuilder:
                     raise EngineError(f"TensorRT-RTX refuses the target {name}", fix="install its newest version")
 
         # It times nothing while building: kernels are chosen on the GPU, when the engine first runs.
-        return nvinfer.build(trt, request, strongly_typed=True, adjust=target, use_timing_cache=False)
+        return nvinfer.build(trt, request, strongly_typed=True, adjust=target)

@@ -32,8 +32,9 @@ VARIANTS = [(precision, route) for precision in TOLERANCE for route in ("implici
 BATCHES = {"batch": ProfileRange(min=1, opt=2, max=4)}
 
 
+# TensorRT 8.6.0 fails on small INT8 networks at level 1 ("Assertion engine failed", refitUtils.cpp); 0 and 3 build.
 def settings(route="auto", **changes):
-    return EngineConfig(backend="tensorrt", route=route, workspace_mib=1024, optimization_level=1, **changes)
+    return EngineConfig(backend="tensorrt", route=route, workspace_mib=1024, **{"optimization_level": 0, **changes})
 
 
 def needs(route):
@@ -172,7 +173,8 @@ class TestCalibration:
         found = calibrate_with_tensorrt(folder / "clean.onnx", images(8), "entropy", settings())
         assert found.algorithm == "entropy"
         ratios = {name: found.amax[name] / table.amax[name] for name in found.amax if name in table.amax}
-        assert max(ratios.values()) <= 1.05, ratios
+        # TensorRT's own histogram reaches a little beyond the largest value.
+        assert 0.5 < min(ratios.values()) <= max(ratios.values()) < 1.1, ratios
         target = folder / "entropy"
         build_engine(folder / "clean.onnx", "int8", settings("implicit"), found, None, None, target, None)
         (feeds,) = images(1, seed=7)
@@ -250,7 +252,9 @@ def test_timing_cache_cold_warm_damaged(folder, tmp_path):
     timing = tmp_path / "timing.cache"
 
     def build() -> EngineManifest:
-        made = build_engine(folder / "clean.onnx", "fp16", settings(), None, None, None, tmp_path / "out", timing)
+        made = build_engine(
+            folder / "clean.onnx", "fp16", settings(optimization_level=1), None, None, None, tmp_path / "out", timing
+        )
         assert made is not None
         return made
 

@@ -22,6 +22,7 @@ class Config:
 
     def __init__(self, trt):
         self.trt, self.flags, self.tactics, self.cache, self.refused = trt, {"TF32": True}, 0b11111, None, False
+        self.refuses_timing = self.complains_of_timing = False
 
     def set_memory_pool_limit(self, pool, size):
         self.pool = (pool, size)
@@ -39,13 +40,14 @@ class Config:
         self.tactics = value
 
     def create_timing_cache(self, data):
-        if data == b"damaged":
+        self.offered = data
+        if self.complains_of_timing:
             logger(self.trt).log(ILogger.WARNING, "The timing cache will not be used!")
         return SimpleNamespace(serialize=lambda: data + b"+")
 
     def set_timing_cache(self, cache, ignore_mismatch):
         self.cache = cache
-        return not ignore_mismatch
+        return not ignore_mismatch and not (self.refuses_timing and self.offered)
 
     def get_timing_cache(self):
         return self.cache
@@ -170,27 +172,63 @@ def test_no_builder_on_this_machine(trt, ask):
         nvinfer.build(trt, ask(), strongly_typed=False)
 
 
+OWNER = "TensorRT 8.6.0, a GPU"
+
+
+def timed(trt, request, owner=OWNER):
+    return nvinfer.build(trt, request, strongly_typed=False, timing_owner=owner)
+
+
 def test_timing_cache_cold_then_warm(trt, ask, tmp_path):
     path = tmp_path / "folder" / "timing.cache"
-    assert nvinfer.build(trt, ask(timing_cache=path), strongly_typed=False).timing_cache == "cold"
-    assert path.read_bytes() == b"+"
-    assert nvinfer.build(trt, ask(timing_cache=path), strongly_typed=False).timing_cache == "warm"
-    assert path.read_bytes() == b"++"
+    assert timed(trt, ask(timing_cache=path)).timing_cache == "cold"
+    assert path.read_bytes().endswith(b"\n+")
+    assert timed(trt, ask(timing_cache=path)).timing_cache == "warm"
+    assert path.read_bytes().endswith(b"\n++")
 
 
-def test_damaged_timing_cache_is_set_aside(trt, ask, tmp_path):
+@pytest.mark.parametrize(
+    "damage", [lambda data: data + b"?", lambda data: data[:-1], lambda data: b"damaged", lambda _: b""]
+)
+def test_damaged_timing_cache_is_set_aside(trt, ask, tmp_path, damage):
     path = tmp_path / "timing.cache"
-    path.write_bytes(b"damaged")
-    result = nvinfer.build(trt, ask(timing_cache=path), strongly_typed=False)
+    timed(trt, ask(timing_cache=path))
+    path.write_bytes(damaged := damage(path.read_bytes()))
+    result = timed(trt, ask(timing_cache=path))
     assert result.timing_cache == "cold"
     assert "set aside as timing.cache.damaged" in result.notes[0]
-    assert (tmp_path / "timing.cache.damaged").read_bytes() == b"damaged"
-    assert path.read_bytes() == b"+"
+    assert (tmp_path / "timing.cache.damaged").read_bytes() == damaged
+    assert timed(trt, ask(timing_cache=path)).timing_cache == "warm"
+
+
+def test_timing_cache_of_another_gpu_is_set_aside(trt, ask, tmp_path):
+    path = tmp_path / "timing.cache"
+    timed(trt, ask(timing_cache=path))
+    assert timed(trt, ask(timing_cache=path), "TensorRT 8.6.0, another GPU").timing_cache == "cold"
+    assert (tmp_path / "timing.cache.damaged").exists()
+
+
+def test_a_timing_cache_that_tensorrt_refuses_is_set_aside(trt, ask, tmp_path):
+    path = tmp_path / "timing.cache"
+    timed(trt, ask(timing_cache=path))
+    trt.config.refuses_timing = True
+    result = timed(trt, ask(timing_cache=path))
+    assert result.timing_cache == "cold"
+    assert any("TensorRT refuses it" in note for note in result.notes)
+
+
+def test_what_tensorrt_says_of_a_cache_that_it_takes_is_noted(trt, ask, tmp_path):
+    path = tmp_path / "timing.cache"
+    timed(trt, ask(timing_cache=path))
+    trt.config.complains_of_timing = True
+    result = timed(trt, ask(timing_cache=path))
+    assert result.timing_cache == "warm"
+    assert any("The timing cache will not be used" in note for note in result.notes)
 
 
 def test_a_timing_cache_that_cannot_be_kept_costs_a_note(trt, ask, tmp_path):
     (tmp_path / "file").write_text("")
-    result = nvinfer.build(trt, ask(timing_cache=tmp_path / "file" / "timing.cache"), strongly_typed=False)
+    result = timed(trt, ask(timing_cache=tmp_path / "file" / "timing.cache"))
     assert result.plan == b"plan"
     assert any("timing cache" in note for note in result.notes)
 

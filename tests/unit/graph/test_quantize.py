@@ -227,3 +227,22 @@ def test_exact_rounding_repairs_what_onnxruntime_truncates() -> None:
     original = model(nodes, {"x": (4,)}, {"y": (4,)}, values, opset=19, ir=9, output_type=TensorProto.INT8)
     feed = np.float32([0.4, 0.25, -0.4, 0.75])  # 0.8, 0.5, -0.8, 1.5 quanta; ties go to the even integer
     assert run(exactly_rounded(original), x=feed)[0].tolist() == [1, 0, -1, 2]
+
+
+def test_the_kernel_is_named_for_parsers_that_read_no_weights() -> None:
+    net = conv_net()
+    for node in net.graph.node:
+        kept = [attribute for attribute in node.attribute if attribute.name != "kernel_shape"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    table = CalibrationTable("minmax", dict.fromkeys(quantizable_tensors(net), 4.0))
+    quantized = quantize(net, table, half=False)
+    kernels = {
+        node.name: list(attribute.ints)
+        for node in quantized.graph.node
+        for attribute in node.attribute
+        if attribute.name == "kernel_shape"
+    }
+    convolutions = {node.name for node in quantized.graph.node if node.op_type == "Conv"}
+    assert set(kernels) == convolutions
+    assert all(len(kernel) == 2 for kernel in kernels.values())
