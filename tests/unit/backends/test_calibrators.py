@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipeline.artifacts import Device
 from pipeline.backends import nvinfer, tensorrt
 from pipeline.backends.base import BuildRequest
 from pipeline.backends.tensorrt import TensorrtBuilder, cached_calibrator, calibrate_with_tensorrt
@@ -113,7 +114,7 @@ def test_no_table(trt, built):
 
 def test_a_gpu_without_int8(trt, built, monkeypatch):
     built.builder.platform_has_fast_int8 = False
-    monkeypatch.setattr("pipeline.backends.cuda.current_device", lambda: SimpleNamespace(name="Old GPU"))
+    monkeypatch.setattr("pipeline.backends.cuda.current_device", lambda: Device("Old GPU", "6.0", "550.1"))
     with pytest.raises(UnsupportedError, match="no fast INT8") as caught:
         TensorrtBuilder().build(int8())
     assert caught.value.got == "Old GPU"
