@@ -23,12 +23,12 @@ from pipeline.artifacts import (
 )
 from pipeline.backends.base import BuildRequest, Capabilities
 from pipeline.backends.registry import resolve
-from pipeline.calibration.table import CalibrationTable
+from pipeline.calibration.table import CalibrationTable, check_table
 from pipeline.config import Axis, EngineConfig, Precision, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.graph.half import to_half
-from pipeline.graph.io import load_model, model_inputs, model_outputs, save_model
-from pipeline.graph.quantize import activation_tensors, quantizable_tensors, quantize
+from pipeline.graph.io import load_model, model_inputs, save_model
+from pipeline.graph.quantize import activation_tensors, quantize
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ ENGINE, MANIFEST, TYPED = "model.engine", "manifest.json", "model.onnx"
 IMAGE_RANK = 4
 NCHW: dict[Axis, int] = {"batch": 0, "height": 2, "width": 3}
 NHWC: dict[Axis, int] = {"batch": 0, "height": 1, "width": 2}
-NAMES_SHOWN = 5
+# What TensorRT's own caches also name: tensors that its parser makes.
 PARSER_MADE = ("(Unnamed Layer", "ONNXTRT")
 
 
@@ -78,7 +78,6 @@ def build_engine(
     builder, route, known = target.builder, target.route, target.capabilities
     model = load_model(clean)
     profiles = make_profiles(model_inputs(model), config.profile)
-    notes: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
     source = clean
     if route == "explicit":
@@ -89,11 +88,10 @@ def build_engine(
             raise ConfigError(
                 "engine.exclude needs the explicit route", got="route: implicit", fix="set engine.route to explicit"
             )
-        notes += check_table(model, table)
-        # Outputs leave the engine as floats: eight bits would only cost ties between classes.
-        outputs = {spec.name for spec in model_outputs(model)}
-        kept = {tensor: amax for tensor, amax in table.amax.items() if tensor not in outputs}
+        # A range that is missing is no fallback: TensorRT 8.6.0 then builds engines that compute wrong results.
+        kept = {tensor: amax for tensor, amax in table.amax.items() if not tensor.startswith(PARSER_MADE)}
         table = CalibrationTable(table.algorithm, kept)
+        check_table(table, activation_tensors(model), "the given table")
     if builder is None:
         return None
     request = BuildRequest(
@@ -125,7 +123,7 @@ def build_engine(
         build_seconds=round(result.seconds, 3),
         timing_cache=result.timing_cache,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        notes=(*notes, *result.notes, f"built on {platform.system()} {platform.machine()}"),
+        notes=(*result.notes, f"built on {platform.system()} {platform.machine()}"),
     )
     write_atomically(folder / ENGINE, result.plan)
     write_atomically(folder / MANIFEST, to_json(manifest))
@@ -221,34 +219,6 @@ def make_profiles(inputs: tuple[TensorSpec, ...], ranges: Mapping[Axis, ProfileR
     return profiles
 
 
-def check_table(model: onnx.ModelProto, table: CalibrationTable) -> list[str]:
-    """Compare a table's tensors with those of the graph that TensorRT is to quantize by it.
-
-    Returns:
-        Notes on tensors without a range, whose layers TensorRT leaves in FP16, and on ranges of unknown tensors.
-
-    Raises:
-        CalibrationError: the data input of a convolution has no range: the table belongs to another graph.
-    """
-    known = activation_tensors(model)
-    needed = quantizable_tensors(model)
-    lacking = [name for name in known if name not in table.amax]
-    missing = [name for name in needed if name not in table.amax]
-    # TensorRT's own caches also name tensors that its parser makes.
-    strange = [name for name in table.amax if name not in known and not name.startswith(PARSER_MADE)]
-    if missing:
-        raise CalibrationError(
-            f"the calibration table belongs to another graph: it lacks {len(missing)} of {len(needed)} ranges",
-            expected=f"ranges of {_some(missing)}",
-            got=f"{len(table.amax)} ranges" + (f", among them of unknown tensors: {_some(strange)}" if strange else ""),
-            fix="calibrate this graph",
-        )
-    return [
-        *([f"{len(lacking)} tensors have no range and stay in FP16: {_some(lacking)}"] if lacking else []),
-        *([f"{len(strange)} ranges belong to no tensor of the graph: {_some(strange)}"] if strange else []),
-    ]
-
-
 def _typed(
     model: onnx.ModelProto,
     precision: Precision,
@@ -269,8 +239,3 @@ def _typed(
 def _layout(spec: TensorSpec) -> dict[Axis, int]:
     last = spec.shape[-1]
     return NHWC if spec.dtype == "uint8" and isinstance(last, int) and last in (1, 3) else NCHW
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

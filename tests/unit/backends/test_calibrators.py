@@ -69,7 +69,8 @@ def built(monkeypatch):
     settings = Settings()
     builder = SimpleNamespace(platform_has_fast_int8=True, platform_has_fast_fp16=True)
 
-    def build(trt, request, *, strongly_typed, adjust):
+    def build(trt, request, *, strongly_typed, adjust, timing_owner):
+        assert "Old GPU" in timing_owner
         adjust(builder, settings, None)
         settings.strongly_typed = strongly_typed
         if settings.int8_calibrator is not None and settings.ignores_cache:
@@ -78,6 +79,7 @@ def built(monkeypatch):
 
     settings.ignores_cache, settings.builder = False, builder
     monkeypatch.setattr(nvinfer, "build", build)
+    monkeypatch.setattr("pipeline.backends.cuda.current_device", lambda: Device("Old GPU", "6.0", "550.1"))
     return settings
 
 

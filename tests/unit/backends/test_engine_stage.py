@@ -9,7 +9,7 @@ from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.stages import engine
-from pipeline.stages.engine import build_engine, build_engine_file, check_table, make_profiles
+from pipeline.stages.engine import build_engine, build_engine_file, make_profiles
 from tests.tiny_unet import images, observed_table, save, tiny_unet
 
 RANGE = ProfileRange(min=1, opt=2, max=4)
@@ -72,29 +72,6 @@ def clean(model, tmp_path):
     return save(model, tmp_path / "clean.onnx")
 
 
-def test_a_complete_table_needs_no_note(model, table):
-    assert check_table(model, table) == []
-
-
-def test_a_table_of_another_graph_names_what_differs(model, table):
-    renamed = CalibrationTable("entropy", {f"other/{name}": amax for name, amax in table.amax.items()})
-    with pytest.raises(CalibrationError, match="belongs to another graph") as caught:
-        check_table(model, renamed)
-    assert "image" in caught.value.expected
-    assert "other/image" in caught.value.got
-
-
-def test_tensors_without_range_and_unknown_ones_are_noted(model, table):
-    amax = {name: value for name, value in table.amax.items() if name != "logits"}
-    notes = check_table(
-        model, CalibrationTable("entropy", {**amax, "strange": 1.0, "(Unnamed Layer* 3) [Shuffle]": 1.0})
-    )
-    assert notes == [
-        "1 tensors have no range and stay in FP16: logits",
-        "1 ranges belong to no tensor of the graph: strange",
-    ]
-
-
 class FakeBuilder:
     """Builds the bytes of the graph that it is asked to build."""
 
@@ -128,8 +105,7 @@ def test_implicit_builds_the_clean_graph_with_the_table(use, clean, table, tmp_p
     manifest = run(clean, "int8", table, tmp_path / "int8")
     (request,) = builder.requests
     assert request.model == clean
-    # The network's output leaves the engine as a float, so it gets no range.
-    assert dict(request.table.amax) == {name: amax for name, amax in table.amax.items() if name != "logits"}
+    assert request.table == table
     assert request.timing_cache is not None
     assert not (tmp_path / "int8" / "model.onnx").exists()
     assert manifest == from_json(EngineManifest, tmp_path / "int8" / "manifest.json")
@@ -159,6 +135,23 @@ def test_fp32_explicit_is_the_clean_graph_and_has_no_cache(use, clean, table, tm
     manifest = run(clean, "fp32", table, tmp_path / "fp32")
     assert (tmp_path / "fp32" / "model.onnx").exists()
     assert manifest.cache_sha256 is None
+
+
+@pytest.mark.parametrize("change", [{"logits": None}, {"strange": 1.0}])
+def test_implicit_refuses_a_table_with_other_tensors(use, clean, table, tmp_path, change):
+    use("implicit")
+    amax = {name: value for name, value in {**table.amax, **change}.items() if value is not None}
+    with pytest.raises(CalibrationError, match="another model") as caught:
+        run(clean, "int8", CalibrationTable("entropy", amax), tmp_path / "int8", route="implicit")
+    assert next(iter(change)) in caught.value.got
+    assert not list((tmp_path / "int8").iterdir())
+
+
+def test_implicit_takes_what_tensorrts_own_caches_add(use, clean, table, tmp_path):
+    builder = use("implicit")
+    more = CalibrationTable("entropy", {**table.amax, "(Unnamed Layer* 3) [Shuffle]": 1.0})
+    run(clean, "int8", more, tmp_path / "int8", route="implicit")
+    assert dict(builder.requests[0].table.amax) == dict(table.amax)
 
 
 def test_timing_cache_switched_off(use, clean, tmp_path):
