@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,13 +29,14 @@ LARGE = [
 
 def measure(*arguments: str) -> tuple[float, float]:
     """Seconds and peak resident memory (GB) of one command in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    command = [sys.executable, "-m", "pipeline", *arguments]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pipeline", *arguments], cwd=REPOSITORY, check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    # The kernel keeps the largest child's peak, so a smaller one after it shows nothing new.
-    return seconds, peak / 1e6 if peak > before else float("nan")
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.perf_counter() - started, usage.ru_maxrss / 1e6
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def main() -> None:
         draw.text((left, top), title, "black", font)
         canvas.paste(tile.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top + TITLE))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    canvas.quantize(256).save(options.output, optimize=True)
+    canvas.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(options.output, optimize=True)
     print(f"{options.output}: {options.output.stat().st_size / 1e3:.0f} kB")
 
 
