@@ -54,12 +54,16 @@ class Device:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model file says of itself beside its graph: travels in ONNX metadata and in engine manifests."""
+    """What a model file says of itself beside its graph: travels in ONNX metadata and in engine manifests.
+
+    ``label_values`` maps values in label files to class ids; None where they are equal.
+    """
 
     name: str
     preprocessing: PreprocessingConfig
     classes: tuple[ClassConfig, ...]
     void: int | None = None
+    label_values: dict[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def from_json(kind: type[T], path: Path) -> T:
         BuildFolderError: the file is missing, damaged or of another schema.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        value = TypeAdapter(kind).validate_json(path.read_bytes())
     except OSError as error:
         raise BuildFolderError(
             f"cannot read {path}: {error.strerror}", expected=f"a {kind.__name__} as JSON", fix="run its stage again"
@@ -129,6 +133,14 @@ def from_json(kind: type[T], path: Path) -> T:
             got=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
             fix="run its stage again",
         ) from error
+    if getattr(value, "schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise BuildFolderError(
+            f"{path} is from another version",
+            expected=f"schema {SCHEMA_VERSION}",
+            got=f"schema {getattr(value, 'schema_version', None)}",
+            fix="run its stage again",
+        )
+    return value
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -152,27 +164,57 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the target's place when the block succeeds and vanishes when it does not."""
+    """An empty folder to fill, which takes the target's place when the block succeeds and vanishes when it does not.
+
+    Raises:
+        BuildFolderError: the folder above is unwritable or full; the target is as it was.
+    """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
+    with _writing(target):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    try:
         yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if target.exists():
-            os.replace(target, old)
-        os.replace(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        raise _unwritable(target, error) from error
+        with _writing(target):
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            if target.exists():
+                os.replace(target, old)
+            try:
+                os.replace(partial, target)
+            except OSError:
+                if old.exists():
+                    os.replace(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Clear what a killed process left of ``replaced_folder`` and ``write_atomically``; call it with the lock held."""
+    for old in folder.rglob(".*.old"):
+        target = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, target)
+    for partial in folder.rglob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(target, error) from error
 
 
 @contextlib.contextmanager

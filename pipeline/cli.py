@@ -64,6 +64,13 @@ def main() -> None:
             log.exception("failed")
         print(f"unet-trt: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        # Nothing should come here; what does is a defect of the program, told without a traceback.
+        if "--debug" in flags:
+            log.exception("failed")
+        fix = "run again with --debug, and report what it prints"
+        print(f"unet-trt: unexpected {type(error).__name__}: {error}\n  to fix: {fix}", file=sys.stderr)
+        sys.exit(PipelineError.exit_code)
     except KeyboardInterrupt:
         print("unet-trt: interrupted; finished stages are kept", file=sys.stderr)
         sys.exit(130)
@@ -194,7 +201,9 @@ def engine(
         settings = _load(config, overrides, backend, route)
         with _run(settings, build_dir, force) as work:
             for each in _precisions(settings, precision):
-                print(work.engine(each) / "model.engine")
+                folder = work.engine(each)
+                plan = folder / "model.engine"
+                print(plan if plan.is_file() else folder / "model.onnx")
         return
     from pipeline.artifacts import sha256_file
     from pipeline.calibration.table import read_cache
@@ -242,7 +251,8 @@ def validate(
             _print_verdict(work, precisions, None, json)
             work.verdict(precisions)
         return
-    _validate_files(model, _required(engine, "--engine FILE"), _required(images, "--images DIR"), labels, output)
+    candidate = _required(engine, "--engine FILE")
+    _validate_files(model, candidate, _required(images, "--images DIR"), labels, output, json)
 
 
 @app.command()
@@ -421,7 +431,7 @@ def _present(card: Any, model: Path) -> Any:
     return card
 
 
-def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None, output: Path) -> None:
+def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None, output: Path, json: bool) -> None:
     from pipeline.artifacts import replaced_folder
     from pipeline.backends.onnxruntime import OnnxRuntimeRunner
     from pipeline.config import ValidateConfig
@@ -430,8 +440,9 @@ def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None
     from pipeline.opening import describe_candidate, open_model
     from pipeline.stages.validate import validate as judge
 
+    output = _own_folder(output, [model, engine, images, *([labels] if labels else [])])
     card = _card_of(model)
-    dataset = image_folder(images, card.preprocessing.channels, labels)
+    dataset = image_folder(images, card.preprocessing.channels, labels, card)
     candidate, _ = open_model(engine)
     with OnnxRuntimeRunner(model) as reference, candidate, replaced_folder(output) as folder:
         verdict = judge(
@@ -444,20 +455,30 @@ def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None
             folder,
             str(model.resolve()),
         )
-    _print_table(
-        ("check", "value", "bound", "result"),
-        [
-            (
-                c.name,
-                "not finite" if c.value is None else f"{c.value:.5g}",
-                f"{c.bound:g}",
-                "passed" if c.passed else "failed",
-            )
-            for c in verdict.checks
-        ],
-    )
+    if json:
+        _print_json(verdict)
+    else:
+        results = [(c.name, c.shown, f"{c.bound:g}", "passed" if c.passed else "failed") for c in verdict.checks]
+        _print_table(("check", "value", "bound", "result"), results)
     if not verdict.passed:
         raise CheckFailed(f"{engine} failed; see {output / 'report.json'}")
+
+
+def _own_folder(output: Path, inputs: Sequence[Path]) -> Path:
+    """The resolved folder, which validation may replace: absent, empty, or an earlier report's, and without inputs."""
+    from pipeline.errors import BuildFolderError
+
+    output = output.resolve()
+    if output.is_dir() and any(output.iterdir()) and not (output / "report.json").is_file():
+        raise BuildFolderError(
+            f"{output} holds other files, which the report would replace",
+            expected="a new or empty folder, or one with an earlier report",
+            fix="choose another with -o",
+        )
+    inside = [path for path in inputs if path.resolve().is_relative_to(output)]
+    if inside:
+        raise BuildFolderError(f"{inside[0]} lies in the folder {output} to be replaced", fix="choose another with -o")
+    return output
 
 
 def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None, json: bool) -> None:

@@ -274,6 +274,9 @@ class Config(Strict):
         extra = [axis for axis in self.engine.profile if axis not in self.export.dynamic]
         if extra and self.network.onnx is None:
             raise ValueError(f"engine.profile.{extra[0]} is given, but export.dynamic does not name {extra[0]}")
+        weights = self.train.class_weights
+        if weights is not None and len(weights) != len(self.data.classes):
+            raise ValueError(f"train.class_weights needs {len(self.data.classes)} values, got {len(weights)}")
         if self.engine.route == "implicit" and self.engine.backend in ("tensorrt-rtx", "onnxruntime"):
             raise ValueError(f"route: implicit needs a TensorRT with calibrators, not backend: {self.engine.backend}")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pickle
 import sys
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def build_network(config: NetworkConfig) -> nn.Module:
         arguments = {**factory.infer_arguments(state), **arguments}
     try:
         network = factory(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"{config.factory} refuses its arguments: {error}", got=repr(arguments), fix="correct network.arguments"
         ) from error
@@ -139,16 +140,30 @@ def _damaged(path: Path, error: Exception) -> ModelError:
 
 def _import(factory: str) -> Any:
     module, _, name = factory.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    _see_current_folder()
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ModelError(
             f"the network factory {factory} cannot be imported: {error}",
             expected="package.module:callable, importable from the current folder or the environment",
             fix="correct network.factory, or install the package that holds it",
         ) from error
+
+
+def factory_file(factory: str) -> Path | None:
+    """The file that defines a factory; None where it cannot be found (building the network says so)."""
+    _see_current_folder()
+    try:
+        spec = importlib.util.find_spec(factory.partition(":")[0])
+    except (ImportError, ValueError, SyntaxError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def _see_current_folder() -> None:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
 
 
 def _torch() -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import time
@@ -33,6 +32,7 @@ from pipeline.artifacts import (
     replaced_folder,
     sha256_file,
     sha256_json,
+    sweep,
     to_json,
     write_atomically,
 )
@@ -88,12 +88,14 @@ class Run:
         self.config, self.force = config, force
         self.folder = build / config.name
         self.record = RunRecord(config.name, {})
-        self.card = ModelCard(config.name, config.preprocessing, config.data.classes, config.data.void)
+        data = config.data
+        self.card = ModelCard(config.name, config.preprocessing, data.classes, data.void, data.label_values)
         self._settled: set[str] = set()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
         self._stack.enter_context(build_lock(self.folder))
+        sweep(self.folder)
         file = self.folder / "run.json"
         if file.is_file():
             try:
@@ -109,6 +111,8 @@ class Run:
 
     def export(self) -> Path:
         """The raw ONNX file."""
+        from pipeline.graph.io import sha256_model
+        from pipeline.networks import factory_file
         from pipeline.stages.export import export
 
         network, images = self.config.network, self._validation().first(self.config.export.compare_images)
@@ -119,8 +123,8 @@ class Run:
                 config=[self.config.export, self.card, network.factory, network.arguments],
                 parents={
                     "weights": _hash(network.weights),
-                    "onnx": _hash(network.onnx),
-                    "factory": _factory_source(network.factory),
+                    "onnx": sha256_model(network.onnx) if network.onnx else None,
+                    "factory": _hash(factory_file(network.factory)) if network.factory else None,
                     "images": images.fingerprint(),
                 },
                 tools=("torch", "onnxscript") if network.onnx is None else (),
@@ -395,7 +399,6 @@ class Run:
             log.info("%s: running", name)
             started = time.perf_counter()
             self._remember(name, None)
-            target.parent.mkdir(parents=True, exist_ok=True)
             with replaced_folder(target) as folder:
                 make(folder)
             seconds = time.perf_counter() - started
@@ -449,17 +452,6 @@ def _version(tool: str) -> str | None:
         return importlib.metadata.version(tool)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _factory_source(factory: str | None) -> str | None:
-    """Hash of the module that defines the network; None where it cannot be found (building it then says so)."""
-    if factory is None:
-        return None
-    try:
-        spec = importlib.util.find_spec(factory.partition(":")[0])
-    except ImportError:
-        return None
-    return _hash(Path(spec.origin)) if spec is not None and spec.origin else None
 
 
 @functools.cache

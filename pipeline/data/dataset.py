@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import sha256_file, sha256_json
+from pipeline.artifacts import ModelCard, sha256_file, sha256_json
 from pipeline.config import DataConfig, PreprocessingConfig, SplitConfig
 from pipeline.data.preprocessing import Pixels, read_image, read_label
 from pipeline.data.synthetic import CELLS_SIZE, draw_cells
@@ -46,11 +46,13 @@ class Dataset(Sequence[Sample]):
         names: of the samples, in order.
         load: makes one.
         files: what a sample is read from; nothing for generated ones.
+        origin: whatever else decides a sample's content: the seed of generated ones, the meaning of label values.
     """
 
     names: tuple[str, ...]
     load: Callable[[str], Sample]
     files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,8 +75,18 @@ class Dataset(Sequence[Sample]):
         return replace(self, names=tuple(self.names[i] for i in sorted(chosen)))
 
     def fingerprint(self) -> str:
-        """sha256 over the names and the files' contents: changes when any image or label map does."""
-        return sha256_json([(name, [sha256_file(path) for path in self.files.get(name, ())]) for name in self.names])
+        """sha256 over names, files' contents and origin: changes when any image or label does.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        try:
+            hashes = [(name, [sha256_file(path) for path in self.files.get(name, ())]) for name in self.names]
+        except OSError as error:
+            raise DataError(
+                f"cannot read {error.filename}: {error.strerror}", expected="a readable image file", fix="replace it"
+            ) from error
+        return sha256_json([self.origin, hashes])
 
 
 def open_dataset(data: DataConfig, preprocessing: PreprocessingConfig, split: Split) -> Dataset:
@@ -107,8 +119,14 @@ def open_dataset(data: DataConfig, preprocessing: PreprocessingConfig, split: Sp
     return _folder(data, preprocessing, config)
 
 
-def image_folder(folder: Path, channels: str, labels: Path | None = None, data: DataConfig | None = None) -> Dataset:
-    """The images of a folder in sorted order, with the label maps of the same name from ``labels`` where given."""
+def image_folder(
+    folder: Path, channels: str, labels: Path | None = None, data: DataConfig | ModelCard | None = None
+) -> Dataset:
+    """The images of a folder in sorted order, with the label maps of the same name from ``labels`` where given.
+
+    Args:
+        data: says which label values are which classes; without it, values are taken as they are.
+    """
     images = _files(folder, "images")
     label_files: dict[str, Path] = {}
     if labels is not None:
@@ -141,7 +159,10 @@ def image_folder(folder: Path, channels: str, labels: Path | None = None, data: 
         return Sample(name, image, label)
 
     pairs = {name: (path, *([label_files[name]] if name in label_files else [])) for name, path in images.items()}
-    return Dataset(tuple(images), load, pairs)
+    origin = (
+        "" if data is None else sha256_json([data.void, len(data.classes), sorted((data.label_values or {}).items())])
+    )
+    return Dataset(tuple(images), load, pairs, origin)
 
 
 def _folder(data: DataConfig, preprocessing: PreprocessingConfig, split: SplitConfig) -> Dataset:
@@ -160,7 +181,7 @@ def _files(folder: Path, what: str) -> dict[str, Path]:
         )
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."):
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and not path.is_dir():
             if path.stem in files:
                 raise DataError(
                     f"{path} and {files[path.stem].name} have the same name",
@@ -178,7 +199,7 @@ def _files(folder: Path, what: str) -> dict[str, Path]:
     return files
 
 
-def _class_table(data: DataConfig) -> tuple[NDArray[np.bool_], Pixels]:
+def _class_table(data: DataConfig | ModelCard) -> tuple[NDArray[np.bool_], Pixels]:
     """Which label values 0…255 are allowed, and the class id (or void) of each."""
     allowed = np.zeros(256, bool)
     table = np.arange(256, dtype=np.uint8)
@@ -225,4 +246,5 @@ def _cells(data: DataConfig, preprocessing: PreprocessingConfig, split: Split) -
         image, label = draw_cells(data.seed + CELLS_SEEDS[split] + int(name.removeprefix("cells_")), CELLS_SIZE)
         return Sample(name, image[..., np.newaxis], label)
 
-    return Dataset(tuple(f"cells_{index:04d}" for index in range(count)), load)
+    origin = f"cells {split} {data.seed}"
+    return Dataset(tuple(f"cells_{index:04d}" for index in range(count)), load, origin=origin)

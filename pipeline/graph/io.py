@@ -9,7 +9,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.artifacts import ModelCard, TensorSpec, write_atomically
+from pipeline.artifacts import ModelCard, TensorSpec, sha256_file, sha256_json, write_atomically
 from pipeline.errors import ModelError
 
 CARD_KEY = "unet_trt.card"
@@ -82,6 +82,17 @@ def model_inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
 
 def model_outputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
     return _specs(model.graph.output)
+
+
+def sha256_model(path: Path) -> str:
+    """Hash over an ONNX file and the files that hold its external data; of its path where it cannot be read."""
+    try:
+        bare = onnx.load(path, load_external_data=False)
+        entries = [entry for tensor in bare.graph.initializer for entry in tensor.external_data]
+        names = sorted({entry.value for entry in entries if entry.key == "location"})
+        return sha256_json([sha256_file(file) for file in (path, *(path.parent / name for name in names))])
+    except (OSError, DecodeError):
+        return sha256_json(str(path))  # reading it for the export says what is wrong
 
 
 def opset(model: onnx.ModelProto) -> int:

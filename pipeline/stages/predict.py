@@ -53,6 +53,12 @@ def predict(runner: Runner, card: ModelCard, inputs: Sequence[Path], folder: Pat
     """
     images = _images(inputs)
     targets = [folder / f"{image.stem}{ending}" for image in images for ending in (".png", "_overlay.png")]
+    twice = {target.name for target in targets if targets.count(target) > 1}
+    if twice:
+        raise DataError(f"two images would both give {min(twice)}", fix="predict them into two folders")
+    given = {image.resolve() for image in images}
+    if any(target.resolve() in given for target in targets):
+        raise BuildFolderError(f"masks in {folder} would replace the images themselves", fix="choose another -o folder")
     taken = [target for target in targets if target.exists()]
     if taken and not overwrite:
         raise BuildFolderError(f"{taken[0]} exists already", fix="choose another -o folder, or give --overwrite")

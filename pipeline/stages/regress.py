@@ -36,13 +36,13 @@ class Difference:
 
     @property
     def regressed(self) -> bool:
-        return self.baseline is not None and (self.now is None or self.now < self.baseline - self.tolerance)
+        return self.baseline is not None and not (self.now is not None and self.now >= self.baseline - self.tolerance)
 
 
 def regress(name: str, reports: Iterable[ValidationReport], path: Path, *, update: bool = False) -> list[Difference]:
     """Differences of a run's figures to the baseline at ``path``, or with ``update`` make them the baseline.
 
-    Figures of the other way of running (engine or emulated) stay as they are and are not compared.
+    Figures of other precisions and of the other way of running (engine or emulated) stay as they are, uncompared.
 
     Raises:
         InputError: there is no baseline, or it belongs to another config.
@@ -62,8 +62,8 @@ def regress(name: str, reports: Iterable[ValidationReport], path: Path, *, updat
             f"there is no baseline {path}", expected="figures accepted before", fix="accept these with --update"
         )
     known = dict(old.figures) if old else {}
-    ways = {figure.split("/")[0] for figure in figures}
-    compared = sorted({f for f in known if f.split("/")[0] in ways} | set(figures))
+    judged = {figure.rsplit("/", 1)[0] for figure in figures}
+    compared = sorted({f for f in known if f.rsplit("/", 1)[0] in judged} | set(figures))
     differences = [Difference(f, known.get(f), figures.get(f), TOLERANCES[f.rsplit("/", 1)[1]]) for f in compared]
     if update:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

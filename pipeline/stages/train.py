@@ -49,13 +49,18 @@ def train(config: Config, weights: Path) -> TrainingReport:
     Loss: cross-entropy without void plus soft Dice; AdamW with a one-cycle schedule.
 
     Raises:
-        ModelError: the config starts from an ONNX file.
-        DataError: a training image has no label.
+        ModelError: the config starts from an ONNX file, or the weights' name does not end in .safetensors.
+        DataError: a training or validation image has no label.
     """
     import torch
 
     if config.network.factory is None:
         raise ModelError("an ONNX file cannot be trained", expected="network.factory", got="network.onnx")
+    if weights.suffix != ".safetensors":
+        raise ModelError(f"weights are written as .safetensors, not {weights.name}", fix="choose another -o file")
+    validation = open_dataset(config.data, config.preprocessing, "validation")
+    if validation[0].label is None:
+        raise DataError("the validation images have no label maps", fix="name data.validation.labels")
     recipe, started = config.train, time.perf_counter()
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +87,6 @@ def train(config: Config, weights: Path) -> TrainingReport:
         if step % 100 == 0 or step == recipe.steps:
             log.info("step %d of %d: loss %.4f, %.0f s", step, recipe.steps, loss.item(), time.perf_counter() - started)
     network.eval()
-    validation = open_dataset(config.data, config.preprocessing, "validation")
     confusion = _evaluate(network, validation, config)
     half = {
         name: (t.half() if t.is_floating_point() else t).contiguous().cpu()

@@ -180,9 +180,9 @@ class _Judge:
 
         masks = {"reference": reference[0].argmax(0), "candidate": logits[0].argmax(0)}
         classes = len(self.card.classes)
-        agreement = confusion_matrix(masks["reference"], masks["candidate"], classes)
-        self.agreement += agreement
         restored = {k: restore_mask(m, self.card.preprocessing, *sample.image.shape[:2]) for k, m in masks.items()}
+        agreement = confusion_matrix(restored["reference"], restored["candidate"], classes)
+        self.agreement += agreement
         miou: dict[str, float | None] = {"reference": None, "candidate": None}
         if sample.label is not None:
             for side, mask in restored.items():
