@@ -238,6 +238,7 @@ class Run:
 
     def benchmark(self, precisions: Sequence[Precision]) -> BenchmarkReport:
         """Latencies of what runs here. Timings are facts of their moment, but are kept while nothing changes."""
+        from pipeline.backends.base import image_feed
         from pipeline.backends.onnxruntime import OnnxRuntimeRunner
         from pipeline.stages.benchmark import Contestant, benchmark
 
@@ -260,16 +261,16 @@ class Run:
         sample = self._validation()[0]
         device = self._resolved(precisions[0]).capabilities.device
 
-        def feed(runner: Runner) -> Mapping[str, NDArray[np.float32]]:
-            import numpy as np
-
-            spec = runner.inputs[0]
-            batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
-            return {spec.name: np.ascontiguousarray(np.repeat(self._input(sample)[np.newaxis], batch, axis=0))}
-
         target_folder = self._stage(
             "benchmark",
-            lambda folder: benchmark(contestants, not_run, feed, device, self.config.benchmark, folder),
+            lambda folder: benchmark(
+                contestants,
+                not_run,
+                lambda runner: image_feed(runner, self._input(sample)),
+                device,
+                self.config.benchmark,
+                folder,
+            ),
             config=[self.config.benchmark, list(precisions), device.name if device else None],
             parents={"clean": _hash(cleaned), **hashes},
             tools=("onnxruntime",),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import Device, Profile, TensorSpec
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, Precision
+from pipeline.errors import DataError
 
 Arrays = Mapping[str, NDArray[Any]]
 RouteName = Literal["implicit", "explicit"]
@@ -126,3 +127,21 @@ def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Arrays) -> None:
             raise ValueError(f"input {spec.name} has shape {spec.shape}, got {array.shape}")
         if np.dtype(spec.dtype) != array.dtype:
             raise ValueError(f"input {spec.name} is {spec.dtype}, got {array.dtype}")
+
+
+def image_feed(runner: Runner, image: NDArray[np.float32], name: str = "the image") -> dict[str, NDArray[np.float32]]:
+    """A preprocessed image, float32 (C, H, W), as a model's one input; a fixed batch of N gets it N times.
+
+    Raises:
+        DataError: the model takes images of another size.
+    """
+    spec = runner.inputs[0]
+    if any(isinstance(want, int) and want != have for want, have in zip(spec.shape[1:], image.shape, strict=True)):
+        raise DataError(
+            f"{name} has another size than the model takes",
+            expected=f"(channels, height, width) = {spec.shape[1:]}",
+            got=str(image.shape),
+            fix="export with preprocessing.resize: stretch or letterbox, or with dynamic height and width",
+        )
+    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+    return {spec.name: np.ascontiguousarray(np.repeat(image[np.newaxis], batch, axis=0))}

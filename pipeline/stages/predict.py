@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.artifacts import ModelCard, write_atomically
-from pipeline.backends.base import Runner
+from pipeline.backends.base import Runner, image_feed
 from pipeline.data.dataset import IMAGE_ENDINGS
 from pipeline.data.pictures import mask_png, overlay_png, palette
 from pipeline.data.preprocessing import Pixels, preprocess, read_image, restore_mask
@@ -27,17 +27,7 @@ def predict_mask(runner: Runner, image: Pixels, card: ModelCard) -> Pixels:
     Raises:
         DataError: with ``resize: none``, an image of a size that the model does not take.
     """
-    spec = runner.inputs[0]
-    x = preprocess(image, card.preprocessing)
-    if any(isinstance(want, int) and want != have for want, have in zip(spec.shape[1:], x.shape, strict=True)):
-        raise DataError(
-            "the image has another size than the model takes",
-            expected=f"(channels, height, width) = {spec.shape[1:]}",
-            got=str(x.shape),
-            fix="export with preprocessing.resize: stretch or letterbox, or with dynamic height and width",
-        )
-    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
-    logits = runner({spec.name: np.ascontiguousarray(np.repeat(x[np.newaxis], batch, axis=0))})
+    logits = runner(image_feed(runner, preprocess(image, card.preprocessing)))
     return restore_mask(logits[runner.outputs[0].name][0].argmax(0), card.preprocessing, *image.shape[:2])
 
 

@@ -20,7 +20,7 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from pipeline.artifacts import ModelCard, to_json
-from pipeline.backends.base import Runner
+from pipeline.backends.base import Runner, image_feed
 from pipeline.config import Tolerance, ValidateConfig
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.pictures import mask_png, overlay_png, palette
@@ -111,7 +111,7 @@ def validate(
     saved: list[tuple[dict[str, Any], RunResults]] = []
     pictures: list[str] = []
     for index, sample in enumerate(track(dataset, f"validating {what.precision}", len(dataset))):
-        feed = _feed(candidate, sample, card)
+        feed = image_feed(candidate, preprocess(sample.image, card.preprocessing), f"the image {sample.name}")
         with _polygraphy():
             results = Comparator.run(runners, data_loader=[feed])
         mask = judge.add(sample, results)
@@ -123,21 +123,6 @@ def validate(
     report = judge.report(what, _commands(what, tolerance, reference_path), tuple(pictures), started)
     (folder / "report.json").write_bytes(to_json(report))
     return report
-
-
-def _feed(runner: Runner, sample: Sample, card: ModelCard) -> dict[str, NDArray[Any]]:
-    spec = runner.inputs[0]
-    image = preprocess(sample.image, card.preprocessing)
-    fixed = spec.shape[1:]
-    if any(isinstance(want, int) and want != have for want, have in zip(fixed, image.shape, strict=True)):
-        raise DataError(
-            f"the image {sample.name} has another size than the model takes",
-            expected=f"(channels, height, width) = {fixed}",
-            got=str(image.shape),
-            fix="set preprocessing.resize to stretch or letterbox",
-        )
-    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
-    return {spec.name: np.ascontiguousarray(np.repeat(image[np.newaxis], batch, axis=0))}
 
 
 class _Judge:
