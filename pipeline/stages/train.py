@@ -67,6 +67,14 @@ def train(config: Config, weights: Path) -> TrainingReport:
     network = build_network(config.network.model_copy(update={"weights": None})).to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     samples = _load(open_dataset(config.data, config.preprocessing, "train"), config)
+    shapes = sorted({label.shape for _, label in samples})
+    turned = "rotate" in recipe.augment and any(height != width for height, width in shapes)
+    if recipe.crop is None and (len(shapes) > 1 or turned or "scale" in recipe.augment):
+        raise DataError(
+            "the training images do not end up in one size, so they cannot be put into batches",
+            got=f"sizes {shapes[:4]}, augment {list(recipe.augment)}",
+            fix="set train.crop: [height, width]",
+        )
     log.info("training on %d images on %s", len(samples), device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -110,6 +110,13 @@ def test_training_writes_weights_that_run_and_a_card(project: Project, unet_trt:
     assert unet_trt("export", "-c", project.config, "--set", weights).code == 0
 
 
+def test_training_on_images_of_several_sizes_needs_a_crop(project: Project, unet_trt: Command) -> None:
+    scaled = ["--set", "train.augment=[scale]", "--set", "train.steps=2"]
+    result = unet_trt("train", "-c", project.config, "-o", project.root / "new.safetensors", *scaled)
+    assert result.code == 2
+    assert "set train.crop" in result.err
+
+
 def test_regress_on_some_precisions(project: Project, unet_trt: Command) -> None:
     loose = {p: {"atol": 9, "rtol": 9, "min_agreement": 0, "max_miou_drop": 1} for p in ("fp32", "fp16")}
     project.edit(validate={"tolerances": loose}, engine={"precisions": ["fp32", "fp16"]})
