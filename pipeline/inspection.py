@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import importlib.metadata
 import math
 import platform
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipeline.artifacts import tool_version
 from pipeline.errors import InputError
 
 PACKAGES = ("torch", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "tensorrt", "cuda-python", "numpy")
@@ -38,7 +38,7 @@ def examine_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-    facts["packages"] = {name: _version(name) for name in PACKAGES}
+    facts["packages"] = {name: tool_version(name) or "not installed" for name in PACKAGES}
     for c in all_capabilities():
         rows: dict[str, Any] = {
             "version": c.version or "not installed",
@@ -52,13 +52,6 @@ def examine_machine() -> dict[str, Any]:
             rows["engines run on compute capability"] = ", ".join(c.target_capabilities)
         facts[c.name] = {**rows, **c.details}
     return facts
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _onnx(path: Path) -> dict[str, Any]:

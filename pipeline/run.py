@@ -25,7 +25,6 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.artifacts import (
     SCHEMA_VERSION,
-    EngineManifest,
     ModelCard,
     build_lock,
     from_json,
@@ -34,6 +33,7 @@ from pipeline.artifacts import (
     sha256_json,
     sweep,
     to_json,
+    tool_version,
     write_atomically,
 )
 from pipeline.config import Config, Precision
@@ -291,19 +291,18 @@ class Run:
         inputs = Inputs(
             card=self.card,
             validations=validations,
-            manifests={p: from_json(EngineManifest, file.with_name("manifest.json")) for p, file in built.items()},
             benchmark=timings,
             pictures={p: self.folder / "validate" / p for p in precisions},
             engine_bytes={p: file.stat().st_size for p, file in built.items()},
             provenance=self._provenance(),
         )
-        reports = [self.folder / "validate" / p / "report.json" for p in precisions]
+        reports = [f"validate/{p}/report.json" for p in precisions]
         return (
             self._stage(
                 "report",
                 lambda folder: write_report(inputs, folder),
                 config=[list(precisions)],
-                parents={str(f): _hash(f) for f in [*reports, self.folder / "benchmark" / "report.json"]},
+                parents={name: _hash(self.folder / name) for name in [*reports, "benchmark/report.json"]},
                 tools=("jinja2",),
             )
             / "index.html"
@@ -392,7 +391,7 @@ class Run:
         if name in self._settled:
             return target
         key = sha256_json([name, [_plain(part) for part in config], dict(parents), _own_source()])
-        versions = {tool: _version(tool) for tool in tools}
+        versions = {tool: tool_version(tool) for tool in tools}
         old = self.record.stages.get(name)
         if not self.force and old is not None and self._unchanged(old, key, versions, target):
             log.info("%s: unchanged, reused", name)
@@ -446,13 +445,6 @@ def _table(cache: Path | None) -> CalibrationTable | None:
     from pipeline.calibration.table import read_cache
 
     return read_cache(cache) if cache else None
-
-
-def _version(tool: str) -> str | None:
-    try:
-        return importlib.metadata.version(tool)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache

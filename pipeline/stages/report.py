@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 
 from pipeline import __version__
-from pipeline.artifacts import EngineManifest, ModelCard
+from pipeline.artifacts import ModelCard
 from pipeline.config import Precision
 from pipeline.reports import BenchmarkReport, ValidationReport
 
@@ -26,7 +26,6 @@ class Inputs:
 
     card: ModelCard
     validations: Mapping[Precision, ValidationReport]
-    manifests: Mapping[Precision, EngineManifest]
     benchmark: BenchmarkReport | None
     pictures: Mapping[Precision, Path]
     engine_bytes: Mapping[Precision, int]
