@@ -74,19 +74,14 @@ def predict(runner: Runner, card: ModelCard, inputs: Sequence[Path], folder: Pat
 
 
 def _images(inputs: Iterable[Path]) -> list[Path]:
-    found: dict[str, Path] = {}
+    found: list[Path] = []
     for given in inputs:
         files = sorted(p for p in given.iterdir() if p.suffix.lower() in IMAGE_ENDINGS) if given.is_dir() else [given]
         if not files:
             raise DataError(
                 f"the folder {given} holds no image", expected=f"files ending in {', '.join(IMAGE_ENDINGS)}"
             )
-        for file in files:
-            if file.stem in found:
-                raise DataError(
-                    f"{file} and {found[file.stem]} would give the same mask file", fix="predict them into two folders"
-                )
-            found[file.stem] = file
+        found += files
     if not found:
         raise DataError("there is no image to predict", expected="image files or folders of them")
-    return list(found.values())
+    return found

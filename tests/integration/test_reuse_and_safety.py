@@ -92,6 +92,14 @@ def test_predictions_never_replace_the_images(project: Project, unet_trt: Comman
     assert (images / "100.png").read_bytes() == before
 
 
+def test_two_images_of_one_name_are_refused(project: Project, unet_trt: Command, clean: Path) -> None:
+    data = project.root / "data" / "val"
+    result = unet_trt("predict", clean, data / "images" / "100.png", data / "labels" / "100.png", "-o", "masks")
+    assert result.code == 2
+    assert "two images would both give 100.png" in result.err
+    assert not (project.root / "working" / "masks").exists()
+
+
 def test_training_never_writes_over_a_checkpoint(project: Project, unet_trt: Command) -> None:
     target = project.root / "mine.pth"
     target.write_bytes(b"precious")
