@@ -14,7 +14,7 @@ COMMON    = -c $(CONFIG) --build-dir $(BUILD) $(SETS)
 CHOSEN    = $(foreach precision,$(PRECISION),-p $(precision)) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu lint export clean-graph calibrate engine validate benchmark report regress train
+.PHONY: help setup run test test-matrix test-gpu lint export clean-graph calibrate engine validate benchmark report regress train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ run: $(READY) ## the whole pipeline on CONFIG
 
 test: $(READY) ## all tests that need no GPU
 	$(VENV)/bin/python -m pytest
+
+test-matrix: $(READY) ## every export: exporters × opsets × sizes × upsampling
+	$(VENV)/bin/python -m pytest tests/matrix tests/integration/test_foreign.py -m "matrix or not matrix"
 
 test-gpu: ## tests on a GPU host, with the interpreter PYTHON that has TensorRT
 	$(PYTHON) -m pytest tests/gpu -m gpu

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config, Precision
     from pipeline.run import Run
+    from pipeline.stages.clean import CleaningReport
 
 log = logging.getLogger("pipeline")
 app = typer.Typer(
@@ -134,19 +136,34 @@ def clean(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="CLEAN.onnx.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Report as JSON.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest accepted change, relative to the largest output.")] = 1e-5,
+    multiple_of: Annotated[
+        int, typer.Option(min=1, help="Promise that dynamic heights and widths are always multiples of this.")
+    ] = 1,
     config: ConfigOption = None,
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Rewrite the graph for TensorRT, with proof that it computes the same."""
-    if model is None:
-        with _run(_load(config, overrides), build_dir, force) as work:
-            print(work.clean())
-        return
+    from pipeline.artifacts import from_json
+    from pipeline.config import ProfileRange
+    from pipeline.stages.clean import CleaningReport
     from pipeline.stages.clean import clean as clean_file
 
-    clean_file(model, _required(output, "-o CLEAN.onnx"), report, tolerance)
+    if model is None:
+        with _run(_load(config, overrides), build_dir, force) as work:
+            output = work.clean()
+        result = from_json(CleaningReport, output.with_name("report.json"))
+    else:
+        output = _required(output, "-o CLEAN.onnx")
+        promised = ProfileRange(min=multiple_of, opt=4 * multiple_of, max=8 * multiple_of, multiple_of=multiple_of)
+        profiles = {"height": promised, "width": promised} if multiple_of > 1 else {}
+        result = clean_file(model, output, report, tolerance, profiles=profiles)
+    if json:
+        _print_json(result)
+        return
+    _print_cleaning(result)
     print(output)
 
 
@@ -495,12 +512,12 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
                 f"{r.scores.mean_iou:.4f}" if r.scores else "no labels",
                 "–" if drop is None else f"{drop:+.4f}",
                 f"{100 * r.agreement:.3f} %",
-                "not finite" if r.max_abs_error is None else f"{r.max_abs_error:.3g} of {r.logit_range:.3g}",
+                r.largest_error,
                 r.candidate.ran + (", emulated" if r.candidate.emulated else ""),
                 "passed" if r.passed else "FAILED",
             )
         )
-    headings = ("precision", "mIoU", "against FP32", "same class as FP32", "largest logit error", "ran on", "verdict")
+    headings = ("precision", "mIoU", "against FP32", "same class as FP32", "largest error", "ran on", "verdict")
     _print_table(headings, rows)
     if any(r.candidate.emulated for r in reports):
         print(
@@ -510,7 +527,28 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
         print(f"report: {page}\nmasks:  {work.folder / 'validate'}/<precision>/overlays")
 
 
-def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_cleaning(report: CleaningReport) -> None:
+    """A summary for people, with the log messages: the path alone goes to stdout."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    before, after, parser = report.nodes_before, report.nodes_after, report.parser
+    fired = Counter(rule for step in report.passes for rule, _ in step.fired)
+    judge = f"{parser.parser} {parser.version} " if parser.parser else ""
+    verdict = {True: "accepts the graph", False: "refuses the graph", None: "no verdict"}[parser.accepted]
+    refused = ", ".join(f"{node.node} ({node.op})" if node.node else node.reason for node in parser.refused)
+    reason = refused or parser.note
+    rows = [
+        ("nodes", f"{sum(before.values())} -> {sum(after.values())}"),
+        *((f"  {op}", f"{before.get(op, 0)} -> {after.get(op, 0)}") for op in sorted({*before, *after})),
+        ("rules fired", ", ".join(f"{rule} × {count}" for rule, count in sorted(fired.items())) or "none"),
+        ("largest change", ", ".join(f"{t.size} size {t.max_relative_error:.1e}" for t in report.equality.trials)),
+        *(("not compared", f"the raw graph does not run at {shapes}") for shapes in report.equality.refused),
+        ("parser", f"{judge}{verdict}{f': {reason}' if reason else ''}"),
+    ]
+    _print_table(("cleaning", ""), rows, file=sys.stderr)
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO = sys.stdout) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -518,7 +556,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     for row in rows:
         table.add_row(*row)
     # Piped output has no width of its own; a narrow guess would cut the cells.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(file=file, width=None if file.isatty() else 160)
     console.print(table)
 
 

@@ -154,6 +154,10 @@ class CleanConfig(Strict):
     """Graph rewriting; ``tolerance`` is the largest accepted change of any output, relative to its largest value."""
 
     tolerance: float = Field(1e-5, gt=0)
+    input: Literal["float", "image"] = Field("float", description="image: uint8 (N, H, W, C), normalised in the graph")
+    output: Literal["logits", "labels", "probabilities"] = Field(
+        "logits", description="labels: uint8 (N, H, W); probabilities: softmax over the classes"
+    )
 
 
 class CalibrateConfig(Strict):
@@ -167,16 +171,23 @@ class CalibrateConfig(Strict):
 
 
 class ProfileRange(Strict):
-    """Sizes of one dynamic axis that an engine accepts."""
+    """Sizes of one dynamic axis that an engine accepts.
+
+    ``multiple_of`` is a promise: no other size is ever given, so size alignment that is zero for these goes.
+    """
 
     min: int = Field(gt=0)
     opt: int = Field(gt=0)
     max: int = Field(gt=0)
+    multiple_of: int = Field(1, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> ProfileRange:
         if not self.min <= self.opt <= self.max:
             raise ValueError(f"needs min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        for name in ("min", "opt", "max"):
+            if getattr(self, name) % self.multiple_of:
+                raise ValueError(f"{name} is {getattr(self, name)}, which is no multiple of {self.multiple_of}")
         return self
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic.dataclasses import dataclass
 
 from pipeline.artifacts import Device
@@ -47,7 +49,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image: agreement of masks (share of pixels), largest logit error, mIoU of FP32 and of the candidate."""
+    """One image: agreement of masks (share of pixels), largest error, mIoU of FP32 and of the candidate."""
 
     name: str
     agreement: float
@@ -63,8 +65,10 @@ class ValidationReport:
     Attributes:
         agreement: share of pixels, over all images, where the candidate's class is FP32's.
         reference, scores: against the labels, of FP32 and of the candidate; None without labels.
-        logit_range: largest |logit| of FP32, for reading the errors.
-        repeat: commands that repeat the comparison on the saved images, from this report's folder.
+        max_abs_error, mean_abs_error: of the output's values; None where one is not finite, and for labels.
+        logit_range: largest |value| of FP32's output, for reading the errors; 0 for labels.
+        repeat: commands that repeat the comparison on the saved images, from this report's folder; none for labels.
+        output: what the model gives; of labels only masks are compared.
     """
 
     candidate: Candidate
@@ -80,6 +84,14 @@ class ValidationReport:
     repeat: tuple[str, ...]
     pictures: tuple[str, ...]
     seconds: float
+    output: Literal["logits", "labels", "probabilities"] = "logits"
+
+    @property
+    def largest_error(self) -> str:
+        """``max_abs_error`` for people."""
+        if self.output == "labels":
+            return "labels only"
+        return "not finite" if self.max_abs_error is None else f"{self.max_abs_error:.3g} of {self.logit_range:.3g}"
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,16 @@ class Run:
         return (
             self._stage(
                 "clean",
-                lambda folder: clean(raw, folder / "model.onnx", folder / "report.json", self.config.clean.tolerance),
-                config=[self.config.clean],
+                lambda folder: clean(
+                    raw,
+                    folder / "model.onnx",
+                    folder / "report.json",
+                    self.config.clean.tolerance,
+                    profiles={str(axis): sizes for axis, sizes in self.config.engine.profile.items()},
+                    input=self.config.clean.input,
+                    output=self.config.clean.output,
+                ),
+                config=[self.config.clean, self.config.engine.profile],
                 parents={"raw": _hash(raw)},
                 tools=("onnx", "onnx-graphsurgeon", "onnxruntime"),
             )
@@ -238,7 +246,7 @@ class Run:
 
     def benchmark(self, precisions: Sequence[Precision]) -> BenchmarkReport:
         """Latencies of what runs here. Timings are facts of their moment, but are kept while nothing changes."""
-        from pipeline.backends.base import image_feed
+        from pipeline.backends.base import feed_image
         from pipeline.backends.onnxruntime import OnnxRuntimeRunner
         from pipeline.stages.benchmark import Contestant, benchmark
 
@@ -266,7 +274,9 @@ class Run:
             lambda folder: benchmark(
                 contestants,
                 not_run,
-                lambda runner: image_feed(runner, self._input(sample)),
+                lambda runner: feed_image(
+                    runner.inputs[0], sample.image, self.config.preprocessing, f"the image {sample.name}"
+                ),
                 device,
                 self.config.benchmark,
                 folder,

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import Device, Profile, TensorSpec
 from pipeline.calibration.table import CalibrationTable
-from pipeline.config import EngineConfig, Precision
+from pipeline.config import EngineConfig, Precision, PreprocessingConfig
+from pipeline.data.preprocessing import Pixels, fit_image, normalise
 from pipeline.errors import DataError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -129,19 +130,33 @@ def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Arrays) -> None:
             raise ValueError(f"input {spec.name} is {spec.dtype}, got {array.dtype}")
 
 
-def image_feed(runner: Runner, image: NDArray[np.float32], name: str = "the image") -> dict[str, NDArray[np.float32]]:
-    """A preprocessed image, float32 (C, H, W), as a model's one input; a fixed batch of N gets it N times.
+def feed_image(
+    spec: TensorSpec, image: Pixels, preprocessing: PreprocessingConfig, name: str = "the image"
+) -> dict[str, NDArray[Any]]:
+    """An image, uint8 (H, W, C) of any size, as a model's one input; a fixed batch of N gets it N times.
+
+    A float32 input (N, C, H, W) gets it resized and normalised, a uint8 input (N, H, W, C) resized alone.
+
+    Args:
+        spec: of the input.
+        name: of the image, for the message.
 
     Raises:
         DataError: the model takes images of another size.
     """
-    spec = runner.inputs[0]
-    if any(isinstance(want, int) and want != have for want, have in zip(spec.shape[1:], image.shape, strict=True)):
+    array: NDArray[Any] = fit_image(image, preprocessing)
+    if spec.dtype != "uint8":
+        array = normalise(array, preprocessing)
+    batch = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
+    have = (batch, *array.shape)
+    if len(spec.shape) != len(have) or any(
+        isinstance(want, int) and want != size for want, size in zip(spec.shape, have, strict=True)
+    ):
         raise DataError(
             f"{name} has another size than the model takes",
-            expected=f"(channels, height, width) = {spec.shape[1:]}",
-            got=str(image.shape),
+            expected=f"shape {spec.shape} of input {spec.name}",
+            got=f"{have} after preprocessing",
             fix="export with preprocessing.resize: stretch or letterbox, or with dynamic height and width",
         )
-    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
-    return {spec.name: np.ascontiguousarray(np.repeat(image[np.newaxis], batch, axis=0))}
+    one = array[np.newaxis]
+    return {spec.name: np.ascontiguousarray(np.repeat(one, batch, axis=0) if batch > 1 else one)}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.backends.trt_api import DTYPES, collected, errors_of, logger, name
 from pipeline.errors import EngineError, UnsupportedError
 from pipeline.graph.io import model_inputs, model_outputs
 
-__all__ = ["EngineRunner", "build", "parse", "set_flag", "strongly_typed_offered"]
+__all__ = ["EngineRunner", "RefusedNode", "build", "parse", "read", "set_flag", "strongly_typed_offered"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,19 @@ log = logging.getLogger(__name__)
 FOREIGN_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 SHOWN_ERRORS = 6
 Adjust = Callable[[Any, Any, Any], None]
+
+
+@dataclass(frozen=True)
+class RefusedNode:
+    """A node that the parser refuses; ``node`` is its name, else its index, and empty where the model is at fault."""
+
+    node: str
+    op: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"node {self.node} ({self.op or 'operator unknown'})" if self.node else "the model"
+        return f"{where}: {self.reason}"
 
 
 def strongly_typed_offered(trt: Any) -> bool:
@@ -60,20 +74,40 @@ def create_network(trt: Any, builder: Any, *, strongly_typed: bool) -> Any:
     return builder.create_network(sum(1 << int(getattr(flags, name)) for name in wanted if hasattr(flags, name)))
 
 
+def read(trt: Any, network: Any, model: Path) -> tuple[RefusedNode, ...]:
+    """Read an ONNX file, with its external data, into the network; what the parser refuses, empty where it reads all.
+
+    Parsers up to TensorRT 8.6 stop at the first refusal; behind it the operators that they do not know are named too.
+    """
+    with collected(trt) as messages:
+        parser = trt.OnnxParser(network, logger(trt))
+        done = parser.parse_from_file(str(model))
+    if done:
+        return ()
+    nodes = onnx.load(model, load_external_data=False).graph.node
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    refused = [_refusal(error, nodes) for error in errors]
+    if hasattr(parser, "supports_operator"):
+        behind = 1 + max((error.node() for error in errors), default=-1)
+        refused += [
+            RefusedNode(node.name or str(index), node.op_type, "the parser does not know this operator")
+            for index, node in enumerate(nodes[behind:], behind)
+            if node.domain in ("", "ai.onnx") and not parser.supports_operator(node.op_type)
+        ]
+    return tuple(refused) or (RefusedNode("", "", _joined(messages)),)
+
+
 def parse(trt: Any, network: Any, model: Path) -> None:
     """Read an ONNX file, with its external data, into the network.
 
     Raises:
         EngineError: naming every node that TensorRT refuses, its operator and the reason.
     """
-    with collected(trt) as messages:
-        parser = trt.OnnxParser(network, logger(trt))
-        done = parser.parse_from_file(str(model))
-    if done:
+    refused = read(trt, network, model)
+    if not refused:
         return
-    refusals = [_refusal(parser.get_error(index), model) for index in range(parser.num_errors)]
     raise EngineError(
-        f"{trt.__name__} {trt.__version__} cannot read the ONNX graph: {'; '.join(refusals) or _joined(messages)}",
+        f"{trt.__name__} {trt.__version__} cannot read the ONNX graph: {'; '.join(map(str, refused))}",
         expected="a graph of operators that TensorRT's ONNX parser supports",
         fix="change the network where the node is made, or export it differently, and clean it again",
     )
@@ -255,15 +289,16 @@ def _spec(tensor: Any, named: Mapping[str, tuple[int | str, ...]]) -> TensorSpec
     )
 
 
-def _refusal(error: Any, model: Path) -> str:
+def _refusal(error: Any, nodes: Sequence[onnx.NodeProto]) -> RefusedNode:
     index = error.node()
-    nodes = onnx.load(model, load_external_data=False).graph.node
     name = error.node_name() if hasattr(error, "node_name") else ""
     operator = error.node_operator() if hasattr(error, "node_operator") else ""
     if 0 <= index < len(nodes):
         name, operator = name or nodes[index].name, operator or nodes[index].op_type
-    where = f"node {name or index} ({operator or 'operator unknown'})" if index >= 0 else "the model"
-    return f"{where}: {error.desc().strip()} [{error.func()}]"
+    where = (name or str(index), operator) if index >= 0 else ("", "")
+    said = error.desc().strip()
+    reason = "not supported" if said in ("", "false") else said  # some checks are a bare assertion
+    return RefusedNode(*where, f"{reason} [{error.func()}]")
 
 
 def _joined(messages: list[str]) -> str:

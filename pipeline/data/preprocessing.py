@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import PreprocessingConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ModelError
 
 Pixels = NDArray[np.uint8]
 
@@ -115,16 +116,43 @@ def fit_label(label: Pixels, spec: PreprocessingConfig, void: int | None) -> Pix
     return _fit(label, spec, Image.Resampling.NEAREST, 0 if void is None else void)
 
 
+def coefficients(spec: PreprocessingConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Factor and offset, float32 (C,) each: ``(x * scale - mean) / std`` is ``x * factor + offset``."""
+    mean, std = (
+        np.broadcast_to(np.asarray(values, np.float64), spec.channel_count) for values in (spec.mean, spec.std)
+    )
+    return (spec.scale / std).astype(np.float32), (0 - mean / std).astype(np.float32)
+
+
 def normalise(image: Pixels, spec: PreprocessingConfig) -> NDArray[np.float32]:
-    """uint8 (H, W, C) to float32 (C, H, W): ``(x * scale - mean) / std``."""
-    x = image.astype(np.float32) * np.float32(spec.scale)
-    x = (x - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    """uint8 (H, W, C) to float32 (C, H, W): ``(x * scale - mean) / std``, bit for bit as graphs that take images."""
+    factor, offset = coefficients(spec)
+    x = image.astype(np.float32)
+    x *= factor
+    x += offset
     return np.ascontiguousarray(x.transpose(2, 0, 1))
 
 
 def preprocess(image: Pixels, spec: PreprocessingConfig) -> NDArray[np.float32]:
     """uint8 (H, W, C) image to the network's float32 (C, H, W) input."""
     return normalise(fit_image(image, spec), spec)
+
+
+def class_ids(output: NDArray[Any], classes: int) -> NDArray[np.integer]:
+    """Class ids (H, W) of the first image in a model's output: labels, (N, H, W), as they are; of logits or
+    probabilities, (N, classes, H, W), the largest one's class, the smaller of equal ones.
+
+    Raises:
+        ModelError: there is an id that is no class.
+    """
+    mask = np.asarray(output[0] if output.ndim == 3 else output[0].argmax(0))
+    if mask.size and int(mask.max()) >= classes:
+        raise ModelError(
+            f"the model gives class {int(mask.max())}, and its card names {classes} classes",
+            expected=f"class ids 0…{classes - 1}",
+            fix="export and build the model again with the data.classes that it was trained for",
+        )
+    return mask
 
 
 def restore_mask(mask: NDArray[np.integer], spec: PreprocessingConfig, height: int, width: int) -> Pixels:

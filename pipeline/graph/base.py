@@ -7,6 +7,7 @@ graph and ``export_graph`` puts everything back that no pass has changed.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from onnx_graphsurgeon.ir.tensor import SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from pipeline.errors import ModelError, PipelineError
+from pipeline.graph.promises import read_multiples
 
 Fired = tuple[str, str]
 MAX_ROUNDS = 10
@@ -155,11 +157,17 @@ def import_graph(model: ModelProto) -> gs.Graph:
     used = set(graph.tensors()) | {name for sub in graph.subgraphs(recursive=True) for name in sub.tensors()}
     graph.listed_initializers = [t.name for t in model.graph.initializer if t.name in inputs]
     graph.unused_initializers = [t.name for t in model.graph.initializer if t.name not in used]
+    graph.multiples = read_multiples(model)
     return graph
 
 
-def export_graph(graph: gs.Graph, shell: ModelProto) -> ModelProto:
-    """The graph as a model with everything but the graph taken from ``shell``; value_info is left empty."""
+def export_graph(graph: gs.Graph, shell: ModelProto, *, largest: int | None = None) -> ModelProto:
+    """The graph as a model with everything but the graph taken from ``shell``; value_info is left empty.
+
+    Args:
+        largest: initializers of the main graph with more entries than this become inputs: enough for shape inference,
+            and no weight is copied.
+    """
     model = ModelProto()
     for field, value in shell.ListFields():
         if field.name in ("graph", "opset_import"):
@@ -168,9 +176,11 @@ def export_graph(graph: gs.Graph, shell: ModelProto) -> ModelProto:
             setattr(model, field.name, value)
         else:
             getattr(model, field.name).extend(value)
-    model.ir_version = max(shell.ir_version, UNLISTED_IR)
     model.opset_import.extend(graph.import_domains or shell.opset_import)
-    model.graph.CopyFrom(_export(graph, set()))
+    least = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
+    raised = any(new.version != old.version for new, old in zip(model.opset_import, shell.opset_import, strict=False))
+    model.ir_version = max(shell.ir_version, UNLISTED_IR, least if raised else 0)
+    model.graph.CopyFrom(_export(graph, set(), largest))
     return model
 
 
@@ -184,7 +194,7 @@ def _remember(graph: gs.Graph, proto: GraphProto) -> None:
                 _remember(value, graphs[key])
 
 
-def _export(graph: gs.Graph, outer: set[int]) -> GraphProto:
+def _export(graph: gs.Graph, outer: set[int], largest: int | None = None) -> GraphProto:
     origin: GraphProto = getattr(graph, "origin", None) or GraphProto()
     proto = GraphProto(name=graph.name, doc_string=origin.doc_string)
     proto.metadata_props.extend(origin.metadata_props)
@@ -192,7 +202,9 @@ def _export(graph: gs.Graph, outer: set[int]) -> GraphProto:
     proto.output.extend(_value(tensor, origin.output) for tensor in graph.outputs)
     constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant) and id(t) not in outer]
     for tensor in constants:
-        if is_sparse(tensor):
+        if largest is not None and math.prod(tensor.shape) > largest:
+            proto.input.append(_value(gs.Variable(tensor.name, tensor.dtype, tensor.shape), ()))
+        elif is_sparse(tensor):
             proto.sparse_initializer.append(OnnxExporter.export_sparse_tensor_proto(tensor))
         else:
             proto.initializer.append(OnnxExporter.export_tensor_proto(tensor))

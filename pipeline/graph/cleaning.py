@@ -8,34 +8,54 @@ import onnx
 from onnx import ModelProto
 
 from pipeline.errors import ModelError
+from pipeline.graph import constants, structure
+from pipeline.graph.arithmetic import FoldSizes, ShortenArithmetic, SizesToScales
 from pipeline.graph.base import Pass, PassRun, run_passes
-from pipeline.graph.constants import (
-    FoldBatchNorm,
-    FoldConstants,
-    LowerConstants,
-    OwnInitializers,
-    RemoveIdentities,
-    RemoveUnused,
-    UnlistInitializers,
-)
+from pipeline.graph.batchnorm import FoldBatchNorm
+from pipeline.graph.crop import CropTransposed
+from pipeline.graph.layout import CancelTransposes, MergeTransposes
 from pipeline.graph.names import StableNames
-from pipeline.graph.padding import RemoveZeroPads
+from pipeline.graph.nearest import GatherToResize
+from pipeline.graph.padding import ExplicitPads, MergePads, RemoveZeroPads
+from pipeline.graph.repeat import RepeatToResize
 from pipeline.graph.shapes import set_value_info
-from pipeline.graph.upsample import NormalizeResize
+from pipeline.graph.unpool import RewriteUnpool
+from pipeline.graph.upsample import CanonicalResize, NormalizeResize, RaiseLegacyResize
 
 
 def clean_passes() -> tuple[Pass, ...]:
-    """Fresh passes, in order: first what makes constants visible, then what uses them, names last."""
+    """Fresh passes, in order: first what makes constants and sizes visible, then what uses them, names last."""
     return (
-        UnlistInitializers(),
-        LowerConstants(),
-        RemoveIdentities(),
-        FoldConstants(),
-        RemoveZeroPads(),
+        constants.UnlistInitializers(),
+        constants.LowerConstants(),
+        constants.RemoveIdentities(),
+        constants.SimplifyCasts(),
+        constants.RemoveNoOps(),
+        constants.FoldConstants(),
+        RaiseLegacyResize(),
+        FoldSizes(),
+        SizesToScales(),
+        GatherToResize(),
+        RepeatToResize(),
         NormalizeResize(),
+        CanonicalResize(),
+        RewriteUnpool(),
+        structure.MergeDuplicates(),
+        structure.SimplifyConcats(),
+        structure.RemoveNoOps(),
+        structure.FoldPixelShuffle(),
+        structure.DropUnreadOutputs(),
+        MergeTransposes(),
+        CancelTransposes(),
+        CropTransposed(),
+        ExplicitPads(),
+        RemoveZeroPads(),
+        MergePads(),
         FoldBatchNorm(),
-        RemoveUnused(),
-        OwnInitializers(),
+        structure.SumRepeatedInputs(),
+        ShortenArithmetic(),
+        constants.RemoveUnused(),
+        constants.OwnInitializers(),
         StableNames(),
     )
 

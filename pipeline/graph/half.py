@@ -16,11 +16,17 @@ from pipeline.graph.io import opset
 from pipeline.graph.shapes import all_names, element_type, infer, listed, set_value_info, subgraphs, unique
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT16)
 HALF_MAX = float(np.finfo(np.float16).max)
 # Slots that stay float32 although the schema allows FP16: TensorRT reads roi together with the float32 scales.
 FLOAT_SLOTS = {("Resize", 1)}
 # Operators that look at a tensor's size, not at its values: what they give is no data and keeps its precision.
 SHAPE_OPS = frozenset({"Shape", "Size"})
+# What brings the integers of an image into the layout and the range that the network was trained for.
+MOVES = frozenset({"Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
+ARITHMETIC = frozenset({"Mul", "Div", "Add", "Sub"})
+# What turns logits into probabilities.
+DECISIONS = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
 # Bounds beyond FP16's range mean "no bound" there.
 BOUND_SLOTS = {("Clip", 1), ("Clip", 2)}
 
@@ -35,6 +41,11 @@ def to_half(model: ModelProto) -> ModelProto:
        its FP16 copy.
     4. Sizes stay as they are: float32 arithmetic on the results of Shape is not data, and neither are the scales and
        the roi of Resize. Where an operator's schema allows no FP16 it computes in float32 between casts.
+    5. The preparation of an integer input, which is Cast, Transpose, Mul, Add, … with constants from the input to the
+       last arithmetic, stays float32: FP16 would round the pixels before their mean is taken off. What it gives gets
+       a Cast to FP16. Not: Cast and Transpose alone, since FP16 holds the integers of a uint8 image.
+    6. Softmax, LogSoftmax and Sigmoid that give an output of the graph compute in float32. ArgMax reads FP16 logits:
+       a cast would not change their order.
 
     Nodes and tensors keep their names otherwise; value_info is inferred anew; the argument is not changed.
 
@@ -72,9 +83,10 @@ class _Halver:
 
     def run(self) -> None:
         self._refuse_control_flow()
-        data = self._data()
         fixed = set(self.initializers)
         outputs = {value.name for value in self.graph.output}
+        full = self._prepared() | self._decided(outputs)
+        data = self._data() - full
         halves = {
             value.name for value in self.graph.input if value.name not in fixed and self.types.get(value.name) == FLOAT
         }
@@ -84,7 +96,7 @@ class _Halver:
         used: set[str] = set()
         for node in nodes:
             is_data = bool(data.intersection(node.output))
-            self._inputs(node, is_data, used)
+            self._inputs(node, is_data, used, full=bool(full.intersection(node.output)))
             self.nodes.append(node)
             self._outputs(node, is_data, outputs)
         head = [
@@ -118,14 +130,35 @@ class _Halver:
                 data.update(name for name in node.output if name)
         return data
 
-    def _inputs(self, node: NodeProto, is_data: bool, used: set[str]) -> None:
+    def _prepared(self) -> set[str]:
+        """Tensors between an integer input and the last arithmetic that prepares it."""
+        known = {v.name for v in self.graph.input if self.types.get(v.name) in INTEGERS} - set(self.initializers)
+        chain: list[NodeProto] = []
+        for node in self.graph.node:
+            sources = [name for name in node.input if name and name not in self.initializers]
+            movable = node.op_type in MOVES | ARITHMETIC and self.types.get(node.output[0]) != HALF
+            if movable and sources and known.issuperset(sources):
+                known.add(node.output[0])
+                chain.append(node)
+        prepared: set[str] = set()
+        for node in reversed(chain):
+            if node.op_type in ARITHMETIC or node.output[0] in prepared:
+                prepared.update((node.output[0], *node.input))
+        return prepared & {node.output[0] for node in chain}
+
+    def _decided(self, outputs: set[str]) -> set[str]:
+        """Probabilities that leave the graph as float32."""
+        names = {name for node in self.graph.node if node.op_type in DECISIONS for name in node.output}
+        return {name for name in names & outputs if self.types.get(name) == FLOAT}
+
+    def _inputs(self, node: NodeProto, is_data: bool, used: set[str], *, full: bool) -> None:
         schema = self._schema(node)
         for slot, name in enumerate(node.input):
             allowed = _allows_half(schema, slot) and (node.op_type, slot) not in FLOAT_SLOTS
             name = self.renamed.get(name, name)
             if self.types.get(name) == FLOAT and allowed and is_data:
                 name = self._as_half(name, bound=(node.op_type, slot) in BOUND_SLOTS)
-            elif self.types.get(name) == HALF and not allowed:
+            elif self.types.get(name) == HALF and (full or not allowed):
                 name = self._as_float(name)
             node.input[slot] = name
             used.add(name)

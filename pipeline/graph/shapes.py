@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -9,6 +10,7 @@ import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from pipeline.errors import ModelError
+from pipeline.graph.io import with_initializers
 
 # Shape arithmetic never needs larger tensors; weights stay out of the protobuf message that inference copies.
 LARGE = 1024
@@ -25,8 +27,7 @@ def infer(model: ModelProto) -> dict[str, ValueInfoProto]:
     Raises:
         ModelError: the types of the graph contradict each other.
     """
-    light = ModelProto()
-    light.CopyFrom(_without_large_initializers(model))
+    light = _without_large_initializers(model)
     del light.graph.value_info[:]
     try:
         inferred = onnx.shape_inference.infer_shapes(light, check_type=True, data_prop=True)
@@ -42,6 +43,18 @@ def infer(model: ModelProto) -> dict[str, ValueInfoProto]:
         if value.name not in initializers:
             result.setdefault(value.name, value)
     return result
+
+
+def problem(model: ModelProto) -> str:
+    """What ONNX's checker and its type inference say against the graph; empty where it is valid.
+
+    Large initializers are judged by their types and shapes alone, so models of any size can be checked.
+    """
+    try:
+        onnx.checker.check_model(_without_large_initializers(model), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return str(error).strip().splitlines()[0]
+    return ""
 
 
 def set_value_info(model: ModelProto) -> None:
@@ -105,23 +118,13 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 
 def _without_large_initializers(model: ModelProto) -> ModelProto:
     """The model with large initializers declared as inputs (shares no data with it)."""
-    light = ModelProto(ir_version=max(model.ir_version, 4))
-    light.opset_import.extend(model.opset_import)
-    light.functions.extend(model.functions)
-    graph = light.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    graph.value_info.extend(model.graph.value_info)
-    graph.sparse_initializer.extend(model.graph.sparse_initializer)
-    inputs = {value.name for value in model.graph.input}
-    for tensor in model.graph.initializer:
-        size = 1
-        for dim in tensor.dims:
-            size *= dim
-        if size <= LARGE:
-            graph.initializer.append(tensor)
-        elif tensor.name not in inputs:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    small = [tensor for tensor in model.graph.initializer if math.prod(tensor.dims) <= LARGE]
+    light = with_initializers(model, small)
+    light.ir_version = max(light.ir_version, 4)
+    known = {tensor.name for tensor in small} | {value.name for value in light.graph.input}
+    light.graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        for tensor in model.graph.initializer
+        if tensor.name not in known
+    )
     return light

@@ -24,6 +24,7 @@ from pipeline.artifacts import (
     to_json,
     write_atomically,
 )
+from pipeline.backends.base import feed_image
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.calibration.algorithms import ALGORITHMS
 from pipeline.calibration.histogram import Histogram
@@ -31,8 +32,7 @@ from pipeline.calibration.segments import Segment, split
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import CalibrateConfig, EngineConfig, PreprocessingConfig
 from pipeline.data.dataset import Sample
-from pipeline.data.preprocessing import preprocess
-from pipeline.errors import BuildFolderError, CalibrationError, ModelError
+from pipeline.errors import BuildFolderError, CalibrationError, DataError, ModelError
 from pipeline.graph.io import load_model, model_inputs
 from pipeline.graph.quantize import activation_tensors
 
@@ -98,7 +98,8 @@ def calibrate(
     tensor is larger), what later nodes still read of it, and 128 KiB a tensor for its histogram.
 
     Args:
-        clean: ONNX graph with one image input, float32 (N, C, H, W); a fixed N > 1 gets the image N times.
+        clean: ONNX graph with one image input, float32 (N, C, H, W) or uint8 (N, H, W, C); a fixed N > 1 gets the image
+            N times.
         samples: all of them are used, one at a time, once each.
         validation: names of the validation images by ``Sample.content_hash()`` (see ``content_hashes``).
         engine: settings for ``calibrator: tensorrt`` (the workspace); default: the config's defaults.
@@ -188,8 +189,8 @@ class _Images:
         self.names: list[str] = []
         self.hashes: list[str] = []
 
-    def __iter__(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Name and float32 (N, C, H, W) array of each."""
+    def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Name of each, and its array as the graph takes it."""
         for sample in self.samples:
             digest = sample.content_hash()
             if digest in self.validation:
@@ -213,19 +214,16 @@ class _Images:
             notes.append(f"{repeated} of {len(self.hashes)} calibration images repeat another")
         return notes
 
-    def _input(self, sample: Sample) -> NDArray[np.float32]:
-        x = preprocess(sample.image, self.preprocessing)[np.newaxis]
-        batch, *wanted = self.spec.shape or (1,)
-        if len(wanted) != 3 or any(
-            isinstance(w, int) and w != have for w, have in zip(wanted, x.shape[1:], strict=True)
-        ):
+    def _input(self, sample: Sample) -> NDArray[Any]:
+        try:
+            return feed_image(self.spec, sample.image, self.preprocessing)[self.spec.name]
+        except DataError as error:
             raise CalibrationError(
                 f"the calibration image {sample.name} does not fit the graph's input {self.spec.name}",
-                expected=f"shape {self.spec.shape}",
-                got=f"{x.shape} after preprocessing",
+                expected=error.expected,
+                got=error.got,
                 fix="set preprocessing (resize, height, width, channels) to what the graph was exported for",
-            )
-        return np.repeat(x, batch, axis=0) if isinstance(batch, int) and batch > 1 else x
+            ) from error
 
 
 def _collect(model: onnx.ModelProto, tensors: Sequence[str], images: _Images) -> list[Histogram]:

@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import resource
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from pipeline.artifacts import SCHEMA_VERSION, TensorSpec, sha256_bytes, sha256_file, to_json, write_atomically
+from pipeline.artifacts import SCHEMA_VERSION, to_json, write_atomically
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.backends.parsing import ParserVerdict, parse_verdict
+from pipeline.config import ProfileRange
 from pipeline.errors import CheckFailed, ModelError
 from pipeline.graph.base import Pass, PassRun
 from pipeline.graph.cleaning import clean_model, clean_passes
-from pipeline.graph.io import load_model, model_inputs, opset, save_model
+from pipeline.graph.deployment import BakedEquality, Input, Output, bake, check_baked
+from pipeline.graph.findings import Finding, refusals
+from pipeline.graph.io import (
+    DATA_SUFFIX,
+    load_model,
+    model_files,
+    opset,
+    read_card,
+    sha256_files,
+    sha256_model,
+    staged,
+    write_model,
+)
+from pipeline.graph.promises import write_multiples
+from pipeline.trials import INPUTS, SEED, SIZES, Trial, Trials, structured_input
+
+__all__ = ["CleaningReport", "Equality", "PassReport", "clean", "structured_input"]
 
 log = logging.getLogger(__name__)
 
-SEED = 0
-INPUT_KIND = (
-    "seeded waves, edges and noise, mean 0, standard deviation about 1; integers: uniform in their range, at most 255"
-)
-# Sizes for dynamic axes: (batch, height, width, any other axis). The last one is odd, so that floor and padding show.
-TRIALS = ((1, 64, 64, 8), (2, 64, 96, 8), (1, 37, 51, 5))
 SHOWN = 5
+WAY_OUT = "change the network where the node is made, or export it differently"
 STRICT = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
 
 
@@ -52,28 +64,40 @@ class Equality:
     """Certificate that raw and clean graph compute the same, both on ONNX Runtime without its own optimizations.
 
     Attributes:
-        shapes: input shapes that were tried, one {input: shape} a trial.
+        trials: every size that was compared, with its error.
         refused: dynamic shapes that the raw graph itself cannot run; nothing is compared there.
+        inputs, sizes: how values and sizes were chosen.
         max_abs_error: max |raw - clean| over outputs and trials.
         max_relative_error: max over outputs and trials of max |raw - clean| / max |raw|.
         tolerance: bound on ``max_relative_error``.
         guilty: the pass that broke equality; None where it holds.
     """
 
-    shapes: tuple[dict[str, tuple[int, ...]], ...]
+    trials: tuple[Trial, ...]
     refused: tuple[dict[str, tuple[int, ...]], ...]
     seed: int
     inputs: str
+    sizes: str
     max_abs_error: float
     max_relative_error: float
     tolerance: float
     passed: bool
     guilty: str | None = None
 
+    @property
+    def shapes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
+        return tuple(trial.shapes for trial in self.trials)
+
 
 @dataclass(frozen=True, config=STRICT)
 class CleaningReport:
-    """Result of ``clean``; ``clean_sha256`` is None where the check failed and nothing was written."""
+    """Result of ``clean``; ``clean_sha256`` is None where the check failed and nothing was written.
+
+    Attributes:
+        raw_sha256, clean_sha256: over the file, and the file of its external data where there is one.
+        parser: what TensorRT's parser says of the clean graph.
+        peak_memory_mib: the largest resident size of this process so far.
+    """
 
     raw_sha256: str
     clean_sha256: str | None
@@ -82,19 +106,36 @@ class CleaningReport:
     nodes_after: dict[str, int]
     passes: tuple[PassReport, ...]
     equality: Equality
+    parser: ParserVerdict
+    findings: tuple[Finding, ...]
+    peak_memory_mib: int
     seconds: float
+    baked: BakedEquality | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
 
 def clean(
-    raw: Path, target: Path, report: Path | None, tolerance: float, *, passes: Sequence[Pass] | None = None
+    raw: Path,
+    target: Path,
+    report: Path | None,
+    tolerance: float,
+    *,
+    profiles: Mapping[str, ProfileRange] | None = None,
+    input: Input = "float",
+    output: Output = "logits",
+    passes: Sequence[Pass] | None = None,
 ) -> CleaningReport:
     """Clean the graph of ``raw`` into ``target``, compare both on ONNX Runtime, and write the report.
 
-    The target is written only where every output agrees within ``tolerance`` (relative to the output's largest value).
-    The model's metadata and its model card are kept.
+    The target is written only where every output agrees within ``tolerance`` (relative to the output's largest value),
+    as one file, or with ``<target>.data`` beside it where protobuf's limit forbids that. The model's metadata and its
+    model card are kept.
 
     Args:
+        profiles: the sizes that are compared for free axes, by the axis's name in the graph or batch, height, width;
+            default: see ``pipeline.trials.SIZES``. Their ``multiple_of`` is a promise that the clean graph relies on
+            (see ``pipeline.graph.promises``).
+        input, output: what the clean graph takes and gives, see ``pipeline.graph.deployment.bake``.
         passes: default ``clean_passes()``.
 
     Raises:
@@ -105,164 +146,134 @@ def clean(
         UnsupportedError: ONNX Runtime is missing.
     """
     start = time.perf_counter()
-    if target.resolve() == raw.resolve():
-        raise ModelError(
-            f"the clean graph would overwrite the raw export {raw}",
-            expected="another path for the result",
-            fix="choose another -o",
-        )
     model = load_model(raw)
-    if not any(node.op_type in ("Conv", "ConvTranspose") for node in model.graph.node):
-        counts = Counter(node.op_type for node in model.graph.node)
+    files = model_files(raw)
+    _refuse_overwriting(files, target, report)
+    _require_convolution(model, raw)
+    steps = clean_passes() if passes is None else tuple(passes)
+    if profiles:
+        write_multiples(model, {axis: sizes.multiple_of for axis, sizes in profiles.items()})
+    with staged(target) as file:
+        trials = Trials(raw, model, profiles or {})
+        cleaned, runs = clean_model(model, steps)
+        write_model(cleaned, file)
+        compared = trials.compare(file)
+        relative = max(trial.max_relative_error for trial in compared)
+        passed = relative <= tolerance
+        baked = None
+        if passed and (input, output) != ("float", "logits"):
+            sizes = [shape for trial in compared for shape in trial.shapes.values()]
+            cleaned, baked = _bake(cleaned, file, input, output, tolerance, sizes)
+        equal = passed and (baked is None or baked.passed)
+        clean_sha256 = sha256_model(file) if equal else None
+        verdict = parse_verdict(file)
+        guilty = None if passed else _bisect(model, steps, runs, trials, tolerance, file)
+        result = CleaningReport(
+            raw_sha256=sha256_files(files),
+            clean_sha256=clean_sha256,
+            opset=opset(cleaned),
+            nodes_before=_counts(model),
+            nodes_after=_counts(cleaned),
+            passes=tuple(
+                PassReport(run.name, run.round, run.result.modified, run.result.fired, round(run.seconds, 4))
+                for run in runs
+            ),
+            equality=Equality(
+                trials=compared,
+                refused=tuple(trials.refused),
+                seed=SEED,
+                inputs=INPUTS,
+                sizes=SIZES,
+                max_abs_error=max(trial.max_abs_error for trial in compared),
+                max_relative_error=relative,
+                tolerance=tolerance,
+                passed=passed,
+                guilty=guilty,
+            ),
+            baked=baked,
+            parser=verdict,
+            findings=refusals(cleaned),
+            peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        if report is not None:
+            write_atomically(report, to_json(result))
+        if not passed:
+            raise CheckFailed(
+                f"the clean graph of {raw} computes something else than the raw one; {target} was not written",
+                expected=f"a change of at most {tolerance:g} of each output's largest value",
+                got=f"{relative:.3g}, since the pass {guilty}",
+                fix="report the model with the cleaning report; a larger clean.tolerance lets it pass",
+            )
+        if not equal:
+            raise CheckFailed(
+                f"{raw} with its preprocessing or decision inside computes something else; {target} was not written",
+                expected="the labels or probabilities that the clean graph gives for the same images",
+                got=str(baked),
+                fix="report the model with the cleaning report; without clean.input and clean.output it is as it was",
+            )
+    log.info(
+        "cleaned %s: %d nodes -> %d, max relative change %.1e", raw, len(model.graph.node), _total(result), relative
+    )
+    _warn_of_refusals(result)
+    return result
+
+
+def _bake(
+    model: ModelProto, file: Path, input: Input, output: Output, tolerance: float, shapes: Sequence[tuple[int, ...]]
+) -> tuple[ModelProto, BakedEquality]:
+    """Put preprocessing and decision into the clean graph and its file, and compare both on images."""
+    card = read_card(model)
+    final = bake(model, card, input=input, output=output)
+    assert card is not None  # bake refuses a model without
+    before = file.with_name(file.name + ".float")
+    write_model(model, before)
+    write_model(final, file)
+    open_before, open_after = (functools.partial(OnnxRuntimeRunner, path, optimize=False) for path in (before, file))
+    sizes = [(batch, height, width) for batch, _, height, width in shapes]
+    return final, check_baked(open_before, open_after, card, tolerance=tolerance, sizes=sizes)
+
+
+def _refuse_overwriting(files: Sequence[Path], target: Path, report: Path | None) -> None:
+    """Raise ModelError where a result would take the place of a file of the raw model, or of the other result."""
+    inputs = {file.resolve() for file in files}
+    for output in (target, target.with_name(target.name + DATA_SUFFIX), report):
+        if output is not None and output.resolve() in inputs:
+            raise ModelError(
+                f"{output} would overwrite the raw export {files[0]}",
+                expected="another path for the result",
+                fix="choose another -o (or --report)",
+            )
+    if report is not None and report.resolve() == target.resolve():
+        raise ModelError(f"{target} is to be both graph and report", fix="choose another --report")
+
+
+def _require_convolution(model: ModelProto, raw: Path) -> None:
+    counts = Counter(node.op_type for node in model.graph.node)
+    if counts["Conv"] + counts["ConvTranspose"] == 0:
         raise ModelError(
             f"{raw} holds no convolution",
             expected="a segmentation network with Conv nodes",
             got=", ".join(f"{count} {op}" for op, count in counts.most_common(SHOWN)) or "an empty graph",
             fix="check that the right file was given",
         )
-    steps = clean_passes() if passes is None else tuple(passes)
-    trials = _Trials(model)
-    cleaned, runs = clean_model(model, steps)
-    absolute, relative = trials.compare(cleaned)
-    passed = relative <= tolerance
-    guilty = None if passed else _bisect(model, steps, runs, trials, tolerance)
-    if passed:
-        save_model(cleaned, target)
-    result = CleaningReport(
-        raw_sha256=sha256_file(raw),
-        clean_sha256=sha256_bytes(cleaned.SerializeToString(deterministic=True)) if passed else None,
-        opset=opset(cleaned),
-        nodes_before=_counts(model),
-        nodes_after=_counts(cleaned),
-        passes=tuple(
-            PassReport(run.name, run.round, run.result.modified, run.result.fired, round(run.seconds, 4))
-            for run in runs
-        ),
-        equality=Equality(
-            shapes=tuple(trials.shapes),
-            refused=tuple(trials.refused),
-            seed=SEED,
-            inputs=INPUT_KIND,
-            max_abs_error=absolute,
-            max_relative_error=relative,
-            tolerance=tolerance,
-            passed=passed,
-            guilty=guilty,
-        ),
-        seconds=round(time.perf_counter() - start, 3),
-    )
-    if report is not None:
-        write_atomically(report, to_json(result))
-    if not passed:
-        raise CheckFailed(
-            f"the clean graph of {raw} computes something else than the raw one; {target} was not written",
-            expected=f"a change of at most {tolerance:g} of each output's largest value",
-            got=f"{relative:.3g}, since the pass {guilty}",
-            fix="report the model with the cleaning report; a larger clean.tolerance lets it pass",
-        )
-    log.info(
-        "cleaned %s: %d nodes -> %d, max relative change %.1e", raw, len(model.graph.node), _total(result), relative
-    )
-    return result
 
 
-class _Trials:
-    """Inputs, and what the raw graph makes of them."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self.shapes: list[dict[str, tuple[int, ...]]] = []
-        self.refused: list[dict[str, tuple[int, ...]]] = []
-        self.feeds: list[dict[str, NDArray[Any]]] = []
-        self.wanted: list[dict[str, NDArray[Any]]] = []
-        specs = model_inputs(model)
-        reason: ModelError | None = None
-        with OnnxRuntimeRunner(model.SerializeToString(), optimize=False) as runner:
-            for shapes in _shapes(specs):
-                rng = np.random.default_rng(SEED)
-                feeds = {spec.name: structured_input(shapes[spec.name], spec.dtype, rng) for spec in specs}
-                try:
-                    outputs = runner(feeds)
-                except ModelError as error:
-                    self.refused.append(shapes)
-                    reason = error
-                    continue
-                self.shapes.append(shapes)
-                self.feeds.append(feeds)
-                self.wanted.append(outputs)
-        if not self.shapes:
-            assert reason is not None
-            raise ModelError(
-                "the raw graph runs with none of the input sizes tried, so nothing can be compared",
-                got="; ".join(str(shapes) for shapes in self.refused),
-                fix="export it with static sizes",
-            ) from reason
-
-    def compare(self, model: ModelProto) -> tuple[float, float]:
-        """(max absolute, max relative) error of a rewritten graph; infinite where it does not run."""
-        absolute = relative = 0.0
-        try:
-            with OnnxRuntimeRunner(model.SerializeToString(), optimize=False) as runner:
-                for feeds, wanted in zip(self.feeds, self.wanted, strict=True):
-                    outputs = runner(feeds)
-                    for name, reference in wanted.items():
-                        errors = _errors(reference, outputs[name])
-                        absolute, relative = max(absolute, errors[0]), max(relative, errors[1])
-        except (ModelError, ValueError, KeyError) as error:  # broken by a pass: as wrong as it can be
-            log.debug("the rewritten graph does not run: %s", error)
-            return float("inf"), float("inf")
-        return absolute, relative
-
-
-def structured_input(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> NDArray[Any]:
-    """An array with smooth and sharp parts: waves along the last two axes, a step, and noise (see INPUT_KIND)."""
-    kind = np.dtype(dtype)
-    if kind.kind == "b":
-        return np.asarray(rng.integers(0, 2, shape), kind)
-    if kind.kind in "iu":
-        return np.asarray(rng.integers(0, min(255, int(np.iinfo(kind).max)), shape, endpoint=True), kind)
-    values = 0.3 * rng.standard_normal(shape)
-    for axis in range(max(0, len(shape) - 2), len(shape)):
-        position = np.linspace(0, 1, shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        values = values + np.sin(2 * np.pi * (rng.uniform(1, 4) * position + rng.uniform()))
-        values = values + 0.5 * np.sign(position - rng.uniform(0.3, 0.7))
-    return np.asarray(values, kind)
-
-
-def _shapes(specs: Sequence[TensorSpec]) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes to try: one where all is static, else one per trial; axes of one name get one size."""
-    trials = []
-    for batch, height, width, other in TRIALS:
-        sizes: dict[str, int] = {}
-        shapes = {}
-        for spec in specs:
-            rank = len(spec.shape)
-            guess = {0: batch, rank - 2: height, rank - 1: width} if rank == 4 else {0: batch}
-            shapes[spec.name] = tuple(
-                size if isinstance(size, int) else sizes.setdefault(size, guess.get(axis, other))
-                for axis, size in enumerate(spec.shape)
-            )
-        if shapes not in trials:
-            trials.append(shapes)
-    return trials
-
-
-def _errors(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, float]:
-    """(max |a - b|, that / max |a|); infinite for other shapes or types, or where only one side is not finite."""
-    if reference.shape != got.shape or reference.dtype != got.dtype:
-        return float("inf"), float("inf")
-    a, b = reference.astype(np.float64), got.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return float("inf"), float("inf")
-    error = float(np.abs(a[finite] - b[finite]).max(initial=0))
-    if error == 0:
-        return 0.0, 0.0
-    largest = float(np.abs(a[finite]).max(initial=0))
-    return error, error / largest if largest > 0 else float("inf")
+def _warn_of_refusals(report: CleaningReport) -> None:
+    """Say which nodes no engine can be built with, and what can be done about them."""
+    verdict, ways = report.parser, {finding.node: finding.way_out for finding in report.findings}
+    parser = f"{verdict.parser} {verdict.version}"
+    for node in verdict.refused:
+        log.warning("%s refuses %s; to fix: %s", parser, node, ways.pop(node.node, WAY_OUT))
+    if verdict.accepted is False and not verdict.refused:
+        log.warning("%s: %s; to fix: %s", parser, verdict.note, WAY_OUT)
+    for finding in report.findings:
+        if finding.node in ways:  # the parser itself says nothing of it
+            log.warning("node %s (%s): %s; to fix: %s", finding.node, finding.op, finding.reason, finding.way_out)
 
 
 def _bisect(
-    model: ModelProto, passes: Sequence[Pass], runs: Sequence[PassRun], trials: _Trials, tolerance: float
+    model: ModelProto, passes: Sequence[Pass], runs: Sequence[PassRun], trials: Trials, tolerance: float, scratch: Path
 ) -> str:
     """Name of the pass after which the graph first computes something else (binary search over the changes)."""
     changes = [run.name for run in runs if run.result.modified]
@@ -271,7 +282,8 @@ def _bisect(
         middle = (good + bad) // 2
         relative = float("inf")
         with contextlib.suppress(ModelError):  # a prefix that leaves no valid graph is a bad one
-            relative = trials.compare(clean_model(model, passes, stop_after=middle)[0])[1]
+            write_model(clean_model(model, passes, stop_after=middle)[0], scratch)
+            relative = max(trial.max_relative_error for trial in trials.compare(scratch))
         good, bad = (middle, bad) if relative <= tolerance else (good, middle)
     return changes[bad - 1] if changes else "none (no pass changed the graph)"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.artifacts import ModelCard, write_atomically
-from pipeline.backends.base import Runner, image_feed
+from pipeline.backends.base import Runner, feed_image
 from pipeline.data.dataset import IMAGE_ENDINGS
 from pipeline.data.pictures import mask_png, overlay_png, palette
-from pipeline.data.preprocessing import Pixels, preprocess, read_image, restore_mask
+from pipeline.data.preprocessing import Pixels, class_ids, read_image, restore_mask
 from pipeline.errors import BuildFolderError, DataError
 from pipeline.progress import track
 
@@ -26,9 +26,11 @@ def predict_mask(runner: Runner, image: Pixels, card: ModelCard) -> Pixels:
 
     Raises:
         DataError: with ``resize: none``, an image of a size that the model does not take.
+        ModelError: a class that the card does not name.
     """
-    logits = runner(image_feed(runner, preprocess(image, card.preprocessing)))
-    return restore_mask(logits[runner.outputs[0].name][0].argmax(0), card.preprocessing, *image.shape[:2])
+    outputs = runner(feed_image(runner.inputs[0], image, card.preprocessing))
+    mask = class_ids(outputs[runner.outputs[0].name], len(card.classes))
+    return restore_mask(mask, card.preprocessing, *image.shape[:2])
 
 
 def predict(runner: Runner, card: ModelCard, inputs: Sequence[Path], folder: Path, *, overwrite: bool = False) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,22 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
-from pipeline.artifacts import ModelCard, to_json
-from pipeline.backends.base import Runner, image_feed
-from pipeline.config import Tolerance, ValidateConfig
+from pipeline.artifacts import ModelCard, TensorSpec, to_json
+from pipeline.backends.base import Runner, feed_image
+from pipeline.config import Precision, Tolerance, ValidateConfig
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.pictures import mask_png, overlay_png, palette
-from pipeline.data.preprocessing import Pixels, preprocess, restore_mask
+from pipeline.data.preprocessing import Pixels, class_ids, restore_mask
 from pipeline.errors import DataError, ModelError
+from pipeline.graph.deployment import Output, output_kind
 from pipeline.metrics.segmentation import class_iou, confusion_matrix, mean_iou, pixel_accuracy
 from pipeline.progress import track
 from pipeline.reports import Candidate, Check, ImageResult, Scores, ValidationReport
 
 log = logging.getLogger(__name__)
 REFERENCE = "onnxruntime-fp32"
+# atol of probabilities, 0…1, where the config names no tolerance: that of logits would let anything pass.
+PROBABILITY_ATOL: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.02}
 
 DATA_LOADER = '''"""The preprocessed images of this comparison, for `polygraphy run --data-loader-script`."""
 
@@ -92,6 +95,9 @@ def validate(
 ) -> ValidationReport:
     """Run both on every image and write ``report.json``, masks, overlays and Polygraphy's run results to ``folder``.
 
+    Logits and probabilities are compared value by value, and as masks. Labels are compared as masks alone: the
+    difference of two class ids means nothing.
+
     Args:
         reference: FP32 on ONNX Runtime.
         candidate: the engine, or its typed graph on ONNX Runtime.
@@ -100,18 +106,26 @@ def validate(
 
     Raises:
         DataError: no image.
-        ModelError: the two give different outputs or shapes.
+        ModelError: the two take different inputs, or give different outputs or shapes.
     """
     started = time.perf_counter()
     if not len(dataset):
         raise DataError("there is no image to validate on", expected="at least one validation image")
-    tolerance = config.tolerance(what.precision)
-    judge = _Judge(card, tolerance)
+    if _forms(candidate.inputs) != _forms(reference.inputs):
+        raise ModelError(
+            "the candidate's inputs are not the reference's",
+            expected=", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in reference.inputs),
+            got=", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in candidate.inputs),
+            fix="validate the engine with the ONNX file it was built from",
+        )
+    kind = output_kind(reference.outputs[0])
+    tolerance = _tolerance(config, what.precision, kind)
+    judge = _Judge(card, tolerance, kind)
     runners = [_Adapter(candidate, f"{what.ran.replace(' ', '-')}-{what.precision}"), _Adapter(reference, REFERENCE)]
     saved: list[tuple[dict[str, Any], RunResults]] = []
     pictures: list[str] = []
     for index, sample in enumerate(track(dataset, f"validating {what.precision}", len(dataset))):
-        feed = image_feed(candidate, preprocess(sample.image, card.preprocessing), f"the image {sample.name}")
+        feed = feed_image(candidate.inputs[0], sample.image, card.preprocessing, f"the image {sample.name}")
         with _polygraphy():
             results = Comparator.run(runners, data_loader=[feed])
         mask = judge.add(sample, results)
@@ -120,17 +134,29 @@ def validate(
         if index < config.pictures:
             pictures += _draw(sample, mask, card, folder)
     _save_runs(saved, folder)
-    report = judge.report(what, _commands(what, tolerance, reference_path), tuple(pictures), started)
+    repeat = () if kind == "labels" else _commands(what, tolerance, reference_path)
+    report = judge.report(what, repeat, tuple(pictures), started)
     (folder / "report.json").write_bytes(to_json(report))
     return report
+
+
+def _forms(specs: Sequence[TensorSpec]) -> list[tuple[str, str, int]]:
+    return [(spec.name, spec.dtype, len(spec.shape)) for spec in specs]
+
+
+def _tolerance(config: ValidateConfig, precision: Precision, kind: Output) -> Tolerance:
+    tolerance = config.tolerance(precision)
+    if kind == "probabilities" and precision not in config.tolerances:
+        return tolerance.model_copy(update={"atol": PROBABILITY_ATOL[precision]})
+    return tolerance
 
 
 class _Judge:
     """Sums over the images; nothing that grows with their size is kept."""
 
-    def __init__(self, card: ModelCard, tolerance: Tolerance) -> None:
+    def __init__(self, card: ModelCard, tolerance: Tolerance, kind: Output) -> None:
         classes = len(card.classes)
-        self.card, self.tolerance = card, tolerance
+        self.card, self.tolerance, self.kind = card, tolerance, kind
         self.agreement = np.zeros((classes, classes), np.int64)
         self.against_labels = {"reference": self.agreement.copy(), "candidate": self.agreement.copy()}
         self.labelled = False
@@ -152,19 +178,10 @@ class _Judge:
                 got=str({k: v.shape for k, v in ours.items()}),
                 fix="validate the engine with the ONNX file it was built from",
             )
-        with _polygraphy():
-            accuracy = Comparator.compare_accuracy(results, compare_func=self.compare)
-        logits, reference = next(iter(ours.values())), next(iter(theirs.values()))
-        error = np.abs(logits.astype(np.float32) - reference)
-        finite = bool(np.isfinite(error).all())
-        largest = float(error.max()) if finite else None
-        self.elementwise.append((float("nan") if largest is None else largest, bool(accuracy) and finite))
-        self.absolute_sum += float(error.sum(dtype=np.float64))
-        self.count += error.size
-        self.logit_range = max(self.logit_range, float(np.abs(reference).max()))
-
-        masks = {"reference": reference[0].argmax(0), "candidate": logits[0].argmax(0)}
+        got, wanted = next(iter(ours.values())), next(iter(theirs.values()))
+        largest = None if self.kind == "labels" else self._values(results, got, wanted)
         classes = len(self.card.classes)
+        masks = {"reference": class_ids(wanted, classes), "candidate": class_ids(got, classes)}
         restored = {k: restore_mask(m, self.card.preprocessing, *sample.image.shape[:2]) for k, m in masks.items()}
         agreement = confusion_matrix(restored["reference"], restored["candidate"], classes)
         self.agreement += agreement
@@ -180,26 +197,39 @@ class _Judge:
         )
         return restored["candidate"]
 
+    def _values(self, results: RunResults, got: NDArray[Any], wanted: NDArray[Any]) -> float | None:
+        """Compare value by value; the largest error, None where it is not finite."""
+        with _polygraphy():
+            accuracy = Comparator.compare_accuracy(results, compare_func=self.compare)
+        error = np.abs(got.astype(np.float32) - wanted)
+        finite = bool(np.isfinite(error).all())
+        largest = float(error.max()) if finite else None
+        self.elementwise.append((float("nan") if largest is None else largest, bool(accuracy) and finite))
+        self.absolute_sum += float(error.sum(dtype=np.float64))
+        self.count += error.size
+        self.logit_range = max(self.logit_range, float(np.abs(wanted).max()))
+        return largest
+
     def report(
         self, what: Candidate, repeat: tuple[str, ...], pictures: tuple[str, ...], started: float
     ) -> ValidationReport:
         scores = {side: self._scores(side) if self.labelled else None for side in self.against_labels}
         checks = self._checks(scores["reference"], scores["candidate"])
-        errors = [error for error, _ in self.elementwise]
         return ValidationReport(
             candidate=what,
             passed=all(check.passed for check in checks),
             checks=checks,
             images=tuple(self.images),
             agreement=pixel_accuracy(self.agreement),
-            max_abs_error=_finite(float(np.max(errors))),
-            mean_abs_error=_finite(self.absolute_sum / self.count),
+            max_abs_error=self._largest(),
+            mean_abs_error=_finite(self.absolute_sum / self.count) if self.count else None,
             logit_range=self.logit_range,
             reference=scores["reference"],
             scores=scores["candidate"],
             repeat=repeat,
             pictures=pictures,
             seconds=time.perf_counter() - started,
+            output=self.kind,
         )
 
     def _scores(self, side: str) -> Scores:
@@ -212,22 +242,36 @@ class _Judge:
         return Scores(mean_iou(confusion), pixel_accuracy(confusion), iou)
 
     def _checks(self, reference: Scores | None, scores: Scores | None) -> tuple[Check, ...]:
-        t = self.tolerance
-        failed = [image.name for image, (_, ok) in zip(self.images, self.elementwise, strict=True) if not ok]
         least = min(self.images, key=lambda image: image.agreement)
         agreement = pixel_accuracy(self.agreement)
-        largest = _finite(float(np.max([error for error, _ in self.elementwise])))
-        name = f"outputs ({t.statistic}) within atol {t.atol:g} or rtol {t.rtol:g}: images outside"
-        checks = [
-            Check("outputs are finite", None if largest is None else 1.0, 1.0, largest is not None),
-            Check(name, float(len(failed)), 0.0, not failed, failed[0] if failed else None),
-            Check("agreement with FP32's masks", agreement, t.min_agreement, agreement >= t.min_agreement, least.name),
-        ]
+        bound = self.tolerance.min_agreement
+        name = "agreement with FP32's masks"
+        if self.kind == "labels":
+            name += " (the outputs are labels: no values to compare)"
+        checks = [*self._value_checks(), Check(name, agreement, bound, agreement >= bound, least.name)]
         if reference is not None and scores is not None:
             drop = reference.mean_iou - scores.mean_iou
             worst = max(self.images, key=lambda image: (image.reference_miou or 0) - (image.miou or 0))
-            checks.append(Check("mIoU drop", drop, t.max_miou_drop, drop <= t.max_miou_drop, worst.name))
+            most = self.tolerance.max_miou_drop
+            checks.append(Check("mIoU drop", drop, most, drop <= most, worst.name))
         return tuple(checks)
+
+    def _value_checks(self) -> list[Check]:
+        if self.kind == "labels":
+            return []
+        t = self.tolerance
+        failed = [image.name for image, (_, ok) in zip(self.images, self.elementwise, strict=True) if not ok]
+        largest = self._largest()
+        what = "probabilities" if self.kind == "probabilities" else "outputs"
+        name = f"{what} ({t.statistic}) within atol {t.atol:g} or rtol {t.rtol:g}: images outside"
+        return [
+            Check("outputs are finite", None if largest is None else 1.0, 1.0, largest is not None),
+            Check(name, float(len(failed)), 0.0, not failed, failed[0] if failed else None),
+        ]
+
+    def _largest(self) -> float | None:
+        """Largest error over all images; None where one is not finite, or nothing was compared."""
+        return _finite(float(np.max([error for error, _ in self.elementwise]))) if self.elementwise else None
 
 
 def _draw(sample: Sample, mask: Pixels, card: ModelCard, folder: Path) -> list[str]:

@@ -95,7 +95,7 @@ def test_the_network_shrinks_to_49_nodes(
     assert report.nodes_after == {"Concat": 4, "Conv": 19, "MaxPool": 4, "Relu": 18, MINIMUM[upsampling]: 4}
     assert report.opset == opset
     assert report.equality.passed
-    assert len(report.equality.shapes) == (1 if dynamic == "static" else 2)
+    assert len(report.equality.shapes) == (1 if dynamic == "static" else 3)
     cleaned = load_model(target)
     used = [name for node in cleaned.graph.node for name in node.input]
     for node in cleaned.graph.node:
@@ -116,8 +116,7 @@ def test_all_dynamic_axes_stay_right_at_odd_sizes(
     report = clean(export(exporter, opset, "all", upsampling), tmp_path / "clean.onnx", None, TOLERANCE)
     assert {"image": (1, 3, 37, 51)} in [dict(shapes) for shapes in report.equality.shapes]
     assert not report.equality.refused
-    assert sum(report.nodes_after.values()) <= sum(report.nodes_before.values())
-    assert report.nodes_after["Pad"] == 4
+    assert sum(report.nodes_after.values()) == 49 + 4 * 5  # two Shapes, Sub, Concat and Pad for each level
 
 
 def names(path: Path) -> list[tuple[str, list[str], list[str]]]:
@@ -221,7 +220,7 @@ def test_the_report_tells_what_happened(export: Export, tmp_path: Path) -> None:
     assert sum(report.nodes_before.values()) == 301
     assert report.equality.shapes[0] == {"image": (1, 3, 48, 64)}
     fired = {rule for step in report.passes for rule, _ in step.fired}
-    assert {"constant-node", "size", "constant", "zero-pad", "node", "tensor"} <= fired
+    assert {"constant-node", "size", "zero-pad", "node", "tensor"} <= fired
     pads = [name for step in report.passes for rule, name in step.fired if rule == "zero-pad"]
     assert pads == ["/up1/Pad", "/up2/Pad", "/up3/Pad", "/up4/Pad"]
     again = clean(target, tmp_path / "again.onnx", None, TOLERANCE)

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.artifacts import TensorSpec
+from pipeline.backends.base import feed_image
 from pipeline.config import PreprocessingConfig
 from pipeline.data.preprocessing import (
+    class_ids,
     fit_image,
     fit_label,
     normalise,
@@ -21,7 +24,7 @@ from pipeline.data.preprocessing import (
     read_label,
     restore_mask,
 )
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ModelError
 
 
 def spec(height: int = 8, width: int = 8, **keys: Any) -> PreprocessingConfig:
@@ -226,3 +229,47 @@ class TestRestoreMask:
         mask = np.full((64, 64), 9)
         mask[16:48] = 1
         np.testing.assert_array_equal(restore_mask(mask, how, 100, 200), np.ones((100, 200)))
+
+
+class TestClassIds:
+    def test_labels_and_scores(self) -> None:
+        labels = np.array([[[0, 1], [2, 1]]], np.uint8)
+        scores = np.eye(3, dtype=np.float32)[labels].transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(class_ids(labels, 3), labels[0])
+        np.testing.assert_array_equal(class_ids(scores, 3), labels[0])
+
+    def test_equal_scores_give_the_smaller_class(self) -> None:
+        assert class_ids(np.zeros((1, 4, 2, 2), np.float32), 4).tolist() == [[0, 0], [0, 0]]
+
+    def test_ids_without_a_class(self) -> None:
+        with pytest.raises(ModelError, match="gives class 3, and its card names 3 classes"):
+            class_ids(np.full((1, 2, 2), 3, np.uint8), 3)
+
+
+class TestFeedImage:
+    IMAGE = np.random.default_rng(0).integers(0, 256, (9, 5, 3), dtype=np.uint8)
+    HOW = spec(16, 12, resize="letterbox", mean=(0.5, 0.4, 0.3), std=(0.2,))
+
+    def test_floats_are_normalised_and_images_are_not(self) -> None:
+        floats = feed_image(TensorSpec("x", (1, 3, 16, 12), "float32"), self.IMAGE, self.HOW)
+        np.testing.assert_array_equal(floats["x"], preprocess(self.IMAGE, self.HOW)[np.newaxis])
+        images = feed_image(TensorSpec("x", (1, 16, 12, 3), "uint8"), self.IMAGE, self.HOW)
+        np.testing.assert_array_equal(images["x"], fit_image(self.IMAGE, self.HOW)[np.newaxis])
+        assert images["x"].flags.c_contiguous
+
+    @pytest.mark.parametrize(("batch", "count"), [("n", 1), (3, 3)])
+    def test_a_fixed_batch_is_filled_and_free_sizes_take_any(self, batch: int | str, count: int) -> None:
+        how = spec(1, 1, resize="none")
+        fed = feed_image(TensorSpec("x", (batch, "h", "w", 3), "uint8"), self.IMAGE[:, ::-1], how)["x"]
+        assert fed.shape == (count, 9, 5, 3)
+        assert fed.flags.c_contiguous
+        assert all((one == self.IMAGE[:, ::-1]).all() for one in fed)
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [((1, 3, 16, 13), "float32"), ((1, 1, 16, 12), "float32"), ((1, 16, 12, 1), "uint8"), ((16, 12, 3), "uint8")],
+    )
+    def test_other_sizes_are_named(self, shape: tuple[int, ...], dtype: str) -> None:
+        with pytest.raises(DataError, match="the image a has another size") as caught:
+            feed_image(TensorSpec("x", shape, dtype), self.IMAGE, self.HOW, "the image a")
+        assert str(shape) in caught.value.expected

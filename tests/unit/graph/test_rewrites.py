@@ -1,4 +1,4 @@
-"""Pads, Resize, names and whole cleanings on hand-built graphs."""
+"""Pads, names and whole cleanings on hand-built graphs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pipeline.graph.base import Pass, PassResult, run_passes
 from pipeline.graph.cleaning import clean_model
 from pipeline.graph.names import StableNames
 from pipeline.graph.padding import RemoveZeroPads
-from pipeline.graph.upsample import NormalizeResize
-from tests.unit.graph.builders import array, conv_net, image, model, ops, run, weights
+from tests.unit.graph.builders import conv_net, image, model, ops, run, weights
 
 
 def pad_net(widths: list[int], opset: int = 17) -> onnx.ModelProto:
@@ -40,72 +39,6 @@ def test_zero_pads_go(opset: int) -> None:
 @pytest.mark.parametrize("widths", [[0, 1, 0, 0], [0, -1, 0, 0]])
 def test_other_pads_stay(widths: list[int]) -> None:
     assert ops(run_passes(pad_net(widths), [RemoveZeroPads()])[0]) == ["Relu", "Pad"]
-
-
-def resize_net(
-    sizes: list[int] | None, given: tuple[Any, ...] = (1, 2, 5, 7), opset: int = 17, **attributes: Any
-) -> onnx.ModelProto:
-    values: dict[str, Any] = {"none": np.zeros(0, np.float32)}
-    values["sizes"] = np.array(sizes)
-    settings = {"mode": "linear", "coordinate_transformation_mode": "half_pixel", **attributes}
-    node = helper.make_node("Resize", ["x", "none", "none", "sizes"], ["y"], name="resize", **settings)
-    return model([node], {"x": given}, {"y": [None] * len(given)}, values, opset=opset)
-
-
-@pytest.mark.parametrize("opset", [11, 13, 18])
-@pytest.mark.parametrize("sizes", [[1, 2, 10, 14], [1, 2, 11, 14], [1, 2, 3, 7]])
-@pytest.mark.parametrize("mode", ["align_corners", "half_pixel"])
-def test_sizes_become_scales_of_exactly_that_size(opset: int, sizes: list[int], mode: str) -> None:
-    original = resize_net(sizes, opset=opset, coordinate_transformation_mode=mode)
-    cleaned, _ = clean_model(original)
-    (node,) = cleaned.graph.node
-    scales = array(cleaned, node.input[2])
-    assert scales.dtype == np.float32
-    assert len(node.input) == 3
-    assert bool(node.input[1]) == (opset == 11)  # roi is a required input there
-    (want,), (got,) = run(original, x=image(1, 2, 5, 7)), run(cleaned, x=image(1, 2, 5, 7))
-    assert got.shape == tuple(sizes)
-    np.testing.assert_allclose(got, want, atol=1e-6)
-
-
-def test_sizes_no_float32_scale_gives_stay() -> None:
-    wrong = next(
-        (a, b)
-        for a in range(1, 200)
-        for b in range(1, 200)
-        if int(np.floor(np.float32(a) * (np.float32(b) / np.float32(a)))) != b or int(a * float(np.float32(b) / a)) != b
-    )
-    original = resize_net([1, 1, wrong[1], 4], given=(1, 1, wrong[0], 4))
-    cleaned, _ = run_passes(original, [NormalizeResize()])
-    assert len(cleaned.graph.node[0].input) == 4
-    assert run(cleaned, x=image(1, 1, wrong[0], 4))[0].shape[2] == wrong[1]
-
-
-def test_sizes_of_a_dynamic_axis_stay() -> None:
-    cleaned, _ = run_passes(resize_net([1, 2, 10, 14], given=(1, 2, "H", 7)), [NormalizeResize()])
-    assert len(cleaned.graph.node[0].input) == 4
-
-
-def test_a_policy_other_than_stretch_stays() -> None:
-    original = resize_net([1, 2, 10, 21], opset=18, keep_aspect_ratio_policy="not_larger")
-    cleaned, _ = run_passes(original, [NormalizeResize()])
-    assert cleaned.graph.node[0].input[3] == "sizes"
-
-
-def test_sizes_with_a_dynamic_batch_become_scales() -> None:
-    """F.interpolate(x, size=(10, 14)) as TorchScript writes it: Concat(Slice(Shape(x), 0, 2), [10, 14])."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["s"], name="s"),
-        helper.make_node("Slice", ["s", "i0", "i2", "i0"], ["nc"], name="nc"),
-        helper.make_node("Concat", ["nc", "hw"], ["sizes"], axis=0, name="sizes"),
-        helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], name="resize", mode="nearest"),
-    ]
-    values = {"i0": np.array([0]), "i2": np.array([2]), "hw": np.array([10, 14])}
-    original = model(nodes, {"x": ("N", 2, 5, 7)}, {"y": ("N", 2, 10, 14)}, values)
-    cleaned, _ = clean_model(original)
-    assert ops(cleaned) == ["Resize"]
-    assert array(cleaned, cleaned.graph.node[0].input[2]).tolist() == [1, 1, 2, 2]
-    assert (run(original, x=image(3, 2, 5, 7))[0] == run(cleaned, x=image(3, 2, 5, 7))[0]).all()
 
 
 def scrambled(original: onnx.ModelProto) -> onnx.ModelProto:
@@ -164,13 +97,13 @@ def test_names_are_unique_and_clear_of_outputs() -> None:
     nodes = [
         helper.make_node("Conv", ["x", "a.weight"], ["t"]),
         helper.make_node("Relu", ["t"], ["p"]),
-        helper.make_node("Relu", ["t"], ["q"]),
+        helper.make_node("LeakyRelu", ["t"], ["q"]),
         helper.make_node("Add", ["p", "q"], ["a"]),
     ]
     original = model(nodes, {"x": (1, 2, 4, 4)}, {"a": (1, 3, 4, 4)}, {"a.weight": weights(3, 2, 1, 1)})
     cleaned, _ = clean_model(original)
-    assert [node.name for node in cleaned.graph.node] == ["a_1", "a_1.relu", "a_1.relu_1", "a_1.add"]
-    assert [list(node.output) for node in cleaned.graph.node] == [["a_1"], ["a_1.relu"], ["a_1.relu_1"], ["a"]]
+    assert [node.name for node in cleaned.graph.node] == ["a_1", "a_1.relu", "a_1.leakyrelu", "a_1.add"]
+    assert [list(node.output) for node in cleaned.graph.node] == [["a_1"], ["a_1.relu"], ["a_1.leakyrelu"], ["a"]]
     assert (run(original, x=image(1, 2, 4, 4))[0] == run(cleaned, x=image(1, 2, 4, 4))[0]).all()
     again, runs = clean_model(cleaned)
     assert not any(step.result.modified for step in runs)

@@ -1,0 +1,278 @@
+"""Edits of a clean graph, to see on a GPU which form of it TensorRT runs fastest. See cleaning.py.
+
+Each edit gives a new model, or None where the graph has nothing of the kind.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+from pipeline.calibration.table import CalibrationTable
+from pipeline.graph.shapes import dims, infer, set_value_info
+
+Change = Callable[[NodeProto], "Sequence[NodeProto] | None"]
+Edit = Callable[[ModelProto], "ModelProto | None"]
+
+
+class _Editor:
+    """A copy of a model, rebuilt node by node."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = ModelProto()
+        self.model.CopyFrom(model)
+        self.weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.readers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in self.model.graph.node:
+            for tensor in node.input:
+                self.readers[tensor].append(node)
+        self.count = 0
+
+    def constant(self, values: NDArray[Any], name: str) -> str:
+        self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
+
+    def array(self, name: str) -> NDArray[Any]:
+        return np.asarray(numpy_helper.to_array(self.weights[name]))
+
+    def rewrite(self, change: Change) -> ModelProto | None:
+        """Replace each node by what ``change`` gives for it; None keeps it."""
+        nodes: list[NodeProto] = []
+        for node in list(self.model.graph.node):
+            made = change(node)
+            self.count += made is not None
+            nodes.extend([node] if made is None else made)
+        if not self.count:
+            return None
+        kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(kept)
+        used = {tensor for node in kept for tensor in node.input}
+        initializers = [t for t in self.model.graph.initializer if t.name in used]
+        del self.model.graph.initializer[:]
+        self.model.graph.initializer.extend(initializers)
+        set_value_info(self.model)
+        return self.model
+
+
+def _node(op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> NodeProto:
+    return helper.make_node(op, inputs, outputs, name=name, **attributes)
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def swapped_concat(model: ModelProto) -> ModelProto | None:
+    """Concat(upsampled, skip) instead of Concat(skip, upsampled), with the next convolution's weights in that order."""
+    editor, shapes = _Editor(model), infer(model)
+    moved: dict[str, int] = {}
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        readers = editor.readers[node.output[0]] if node.op_type == "Concat" else []
+        if len(node.input) == 2 and len(readers) == 1 and readers[0].op_type == "Conv":
+            first = dims(shapes[node.input[0]])
+            assert first is not None
+            moved[node.output[0]] = int(first[1] or 0)
+            return [_node("Concat", [node.input[1], node.input[0]], node.output, node.name, axis=1)]
+        if node.op_type == "Conv" and node.input[0] in moved:
+            weight, split = editor.array(node.input[1]), moved[node.input[0]]
+            turned = np.concatenate([weight[:, split:], weight[:, :split]], axis=1)
+            node.input[1] = editor.constant(turned, f"{node.input[1]}.swapped")
+            return [node]
+        return None
+
+    return editor.rewrite(change)
+
+
+def separate_pads(model: ModelProto) -> ModelProto | None:
+    """A Pad node before each padded convolution, as exporters of other frameworks write it."""
+    editor = _Editor(model)
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        attributes = _attributes(node)
+        pads = attributes.get("pads", [0])
+        if node.op_type != "Conv" or not any(pads):
+            return None
+        half = len(pads) // 2
+        sizes = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+        padded = f"{node.output[0]}.padded"
+        attributes["pads"] = [0] * len(pads)
+        return [
+            _node("Pad", [node.input[0], editor.constant(sizes, f"{padded}.sizes")], [padded], f"{node.name}.pad"),
+            _node("Conv", [padded, *node.input[1:]], node.output, node.name, **attributes),
+        ]
+
+    return editor.rewrite(change)
+
+
+def with_resize(mode: str, transformation: str, rounding: str | None = None) -> Edit:
+    """The same Resize nodes with other attributes."""
+
+    def edit(model: ModelProto) -> ModelProto | None:
+        attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": transformation}
+        if rounding is not None:
+            attributes["nearest_mode"] = rounding
+
+        def change(node: NodeProto) -> Sequence[NodeProto] | None:
+            if node.op_type != "Resize":
+                return None
+            return [_node("Resize", node.input, node.output, node.name, **attributes)]
+
+        return _Editor(model).rewrite(change)
+
+    return edit
+
+
+def depthwise_upsampling(kernel: Sequence[float], pad: int) -> Edit:
+    """Each ×2 Resize as a depthwise ConvTranspose of stride 2 with the given separable kernel."""
+
+    def edit(model: ModelProto) -> ModelProto | None:
+        editor, shapes = _Editor(model), infer(model)
+
+        def change(node: NodeProto) -> Sequence[NodeProto] | None:
+            if node.op_type != "Resize":
+                return None
+            shape = dims(shapes[node.input[0]])
+            assert shape is not None
+            channels = int(shape[1] or 0)
+            weight = np.broadcast_to(np.outer(kernel, kernel), (channels, 1, len(kernel), len(kernel)))
+            name = editor.constant(weight.astype(np.float32), f"{node.output[0]}.kernel")
+            sizes = {"kernel_shape": [len(kernel)] * 2, "strides": [2, 2], "pads": [pad] * 4}
+            return [_node("ConvTranspose", [node.input[0], name], node.output, node.name, group=channels, **sizes)]
+
+        return editor.rewrite(change)
+
+    return edit
+
+
+def depth_to_space(model: ModelProto) -> ModelProto | None:
+    """ConvTranspose of kernel 2 and stride 2 as a 1×1 Conv of four times the channels, then DepthToSpace."""
+    editor = _Editor(model)
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        if node.op_type != "ConvTranspose":
+            return None
+        attributes, weight = _attributes(node), editor.array(node.input[1])
+        if weight.shape[2:] != (2, 2) or list(attributes.get("strides", [])) != [2, 2]:
+            return None
+        if attributes.get("group", 1) != 1 or any(attributes.get("pads", [0])):
+            return None
+        # Mode CRD: channel c * 4 + row * 2 + column goes to that place of the 2×2 block.
+        turned = weight.transpose(1, 2, 3, 0).reshape(-1, weight.shape[0], 1, 1)
+        inputs = [node.input[0], editor.constant(turned, f"{node.input[1]}.1x1")]
+        if len(node.input) > 2:
+            inputs.append(editor.constant(np.repeat(editor.array(node.input[2]), 4), f"{node.input[2]}.1x1"))
+        deep = f"{node.output[0]}.deep"
+        return [
+            _node("Conv", inputs, [deep], f"{node.name}.1x1", kernel_shape=[1, 1]),
+            _node("DepthToSpace", [deep], node.output, node.name, blocksize=2, mode="CRD"),
+        ]
+
+    return editor.rewrite(change)
+
+
+def as_channels_last(model: ModelProto) -> ModelProto:
+    """The graph as exporters of channels-last frameworks write it: every tensor NHWC, Transposes around each operator.
+
+    Inputs and outputs stay NCHW, behind one Transpose each. Operators that know no channel axis (Relu) get none.
+    """
+    spatial = ("Conv", "ConvTranspose", "MaxPool", "Resize")
+    to_last, to_first = [0, 2, 3, 1], [0, 3, 1, 2]
+    inputs = {value.name for value in model.graph.input}
+    outputs = {value.name for value in model.graph.output}
+    editor = _Editor(model)
+    made: list[NodeProto] = [
+        _node("Transpose", [name], [f"{name}.nhwc"], f"{name}.to_nhwc", perm=to_last) for name in sorted(inputs)
+    ]
+
+    def last(name: str) -> str:
+        return f"{name}.nhwc" if name and name not in editor.weights else name
+
+    def change(node: NodeProto) -> Sequence[NodeProto]:
+        started, result = [made.pop() for _ in range(len(made))], node.output[0]
+        attributes = _attributes(node)
+        if node.op_type in spatial:
+            first, out = f"{result}.in", f"{result}.out"
+            nodes = [
+                _node("Transpose", [last(node.input[0])], [first], f"{node.name}.in", perm=to_first),
+                _node(node.op_type, [first, *node.input[1:]], [out], node.name, **attributes),
+                _node("Transpose", [out], [last(result)], f"{node.name}.out", perm=to_last),
+            ]
+        else:
+            if node.op_type == "Concat":
+                attributes["axis"] = 3
+            nodes = [_node(node.op_type, [last(t) for t in node.input], [last(result)], node.name, **attributes)]
+        if result in outputs:
+            nodes.append(_node("Transpose", [last(result)], [result], f"{result}.to_nchw", perm=to_first))
+        return [*started, *nodes]
+
+    changed = editor.rewrite(change)
+    assert changed is not None
+    return changed
+
+
+def with_shared_scales(model: ModelProto, table: CalibrationTable) -> CalibrationTable:
+    """One range, the largest, for a Concat's output, its inputs, and the pooled forms of these inputs."""
+    amax, editor = dict(table.amax), _Editor(model)
+    for node in model.graph.node:
+        if node.op_type == "Concat":
+            pooled = [r.output[0] for t in node.input for r in editor.readers[t] if r.op_type == "MaxPool"]
+            group = [node.output[0], *node.input, *pooled]
+            amax.update(dict.fromkeys(group, max(amax[tensor] for tensor in group)))
+    return CalibrationTable(table.algorithm, amax)
+
+
+def with_pairs_at_concat(model: ModelProto, *, resize: bool) -> ModelProto:
+    """Q/DQ pairs on the inputs of Concat (and of the Resize before it), of the scale that Concat's output has.
+
+    Args:
+        model: a typed graph, with a pair on Concat's output.
+    """
+    editor = _Editor(model)
+    producers = {tensor: node for node in model.graph.node for tensor in node.output}
+    pairs: dict[str, tuple[str, str]] = {}
+    for node in model.graph.node:
+        if node.op_type == "Concat":
+            (pair,) = [r for r in editor.readers[node.output[0]] if r.op_type == "QuantizeLinear"]
+            for tensor in node.input:
+                pairs[tensor] = (pair.input[1], pair.input[2])
+                if resize and producers[tensor].op_type == "Resize":
+                    pairs[producers[tensor].input[0]] = pairs[tensor]
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        if node.op_type not in (("Concat", "Resize") if resize else ("Concat",)):
+            return None
+        nodes = []
+        for slot, tensor in enumerate(node.input):
+            if tensor in pairs:
+                whole, real = f"{tensor}.{node.name}.q", f"{tensor}.{node.name}.dq"
+                nodes.append(_node("QuantizeLinear", [tensor, *pairs[tensor]], [whole], whole))
+                nodes.append(_node("DequantizeLinear", [whole, *pairs[tensor]], [real], real))
+                node.input[slot] = real
+        return [*nodes, node]
+
+    changed = editor.rewrite(change)
+    assert changed is not None
+    return changed
+
+
+LINEAR = (0.25, 0.75, 0.75, 0.25)
+EDITS: dict[str, tuple[str, Edit]] = {
+    "swapped concat": ("Concat(upsampled, skip), weights permuted: computes the same", swapped_concat),
+    "depthwise linear": ("Resize as depthwise ConvTranspose 4×4: timing only", depthwise_upsampling(LINEAR, 1)),
+    "half pixel": ("linear Resize with half_pixel: timing only", with_resize("linear", "half_pixel")),
+    "nearest asymmetric": ("nearest, asymmetric + floor: timing only", with_resize("nearest", "asymmetric", "floor")),
+    "nearest half pixel": (
+        "nearest, half_pixel + round_prefer_floor: computes what asymmetric + floor does; timing only",
+        with_resize("nearest", "half_pixel", "round_prefer_floor"),
+    ),
+    "depthwise nearest": ("nearest as depthwise ConvTranspose 2×2: timing only", depthwise_upsampling((1.0, 1.0), 0)),
+    "depth to space": ("ConvTranspose 2×2 as 1×1 Conv + DepthToSpace: computes the same", depth_to_space),
+    "separate pads": ("a Pad node before each convolution: computes the same", separate_pads),
+}
