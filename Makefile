@@ -8,6 +8,7 @@ PYTHON    ?= python3
 VENV     := .venv
 READY    := $(VENV)/.ready
 UNET_TRT := $(VENV)/bin/unet-trt
+TEST      = $(VENV)/bin/python -m pytest -n auto --dist worksteal
 # SET="a.b=c d.e=f" overrides keys of the configuration.
 SETS      = $(foreach pair,$(SET),--set $(pair))
 COMMON    = -c $(CONFIG) --build-dir $(BUILD) $(SETS)
@@ -32,10 +33,10 @@ run: $(READY) ## the whole pipeline on CONFIG
 	$(UNET_TRT) run $(COMMON) $(CHOSEN)
 
 test: $(READY) ## all tests that need no GPU
-	$(VENV)/bin/python -m pytest
+	$(TEST)
 
 test-matrix: $(READY) ## every export: exporters × opsets × sizes × upsampling
-	$(VENV)/bin/python -m pytest tests/matrix tests/integration/test_foreign.py -m "matrix or not matrix"
+	$(TEST) tests/matrix tests/integration/test_foreign.py -m "matrix or not matrix"
 
 test-gpu: ## tests on a GPU host, with the interpreter PYTHON that has TensorRT
 	$(PYTHON) -m pytest tests/gpu -m gpu

@@ -183,7 +183,7 @@ def prepare(folder: Path, name: str, roots: Mapping[str, str], image_count: int)
             entry["max_relative_difference"] = _relative(_run(path, image), reference)
         if table is not None:
             text = home / f"{path.stem if typed is None else _stem(label)}.cache"
-            text.write_text(table.to_cache(8600))
+            text.write_text(table.to_cache(8600), encoding="utf-8")
             if "int8-implicit" in network.engines:
                 entry["engines"]["int8-implicit"] = {"model": path.name, "table": text.name}
             try:
@@ -217,7 +217,9 @@ def prepare(folder: Path, name: str, roots: Mapping[str, str], image_count: int)
         for label, resize in (("Q/DQ at Concat", False), ("Q/DQ at Concat and Resize", True)):
             boxed = with_pairs_at_concat(typed, resize=resize)
             add(f"{SHARED}, {label}", clean, "common ranges, and more pairs", common, boxed)
-    (home / "index.json").write_text(json.dumps({"calibration_images": image_count, "graphs": graphs}, indent=2))
+    (home / "index.json").write_text(
+        json.dumps({"calibration_images": image_count, "graphs": graphs}, indent=2), encoding="utf-8"
+    )
 
 
 def _calibrate(path: Path, samples: Any, config: Config) -> Any:
@@ -232,7 +234,7 @@ def _calibrate(path: Path, samples: Any, config: Config) -> Any:
 def _calibrated_like(edited: Any, table: Any) -> Any:
     """The table with ranges for tensors that an edit added: the largest range there is (their speed is what counts)."""
     from pipeline.calibration.table import CalibrationTable
-    from pipeline.graph.quantize import activation_tensors
+    from pipeline.graph.placement import activation_tensors
 
     largest = max(table.amax.values())
     return CalibrationTable(table.algorithm, {t: table.amax.get(t, largest) for t in activation_tensors(edited)})
@@ -284,7 +286,7 @@ def candidates(folder: Path, network: str, kind: str) -> list[Candidate]:
         return []
     precision, variants = kind.partition(" ")[0], kind.endswith("variants")
     found = []
-    for graph, entry in json.loads(index.read_text())["graphs"].items():
+    for graph, entry in json.loads(index.read_text(encoding="utf-8"))["graphs"].items():
         if graph != "clean" and variants == (graph == "raw"):
             continue
         if not variants and graph not in ("raw", "clean"):
@@ -326,10 +328,10 @@ class Bench:
             "comparisons": {},
         }
         if output.exists():
-            self.result |= json.loads(output.read_text())
+            self.result |= json.loads(output.read_text(encoding="utf-8"))
 
     def save(self) -> None:
-        self.output.write_text(json.dumps(self.result, indent=2, ensure_ascii=False) + "\n")
+        self.output.write_text(json.dumps(self.result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @property
     def over(self) -> bool:
@@ -370,7 +372,7 @@ class Bench:
 
     def _describe(self, network: str) -> None:
         home = self.folder / network
-        graphs = json.loads((home / "index.json").read_text())["graphs"]
+        graphs = json.loads((home / "index.json").read_text(encoding="utf-8"))["graphs"]
         self.result["graphs"][network] = {
             label: {key: value for key, value in entry.items() if key != "engines"} for label, entry in graphs.items()
         }
@@ -428,7 +430,7 @@ class Bench:
         with EngineRunner(self.trt, plan.read_bytes()) as runner:
             (got,) = runner({runner.inputs[0].name: image}).values()
             text = runner.layers()
-        plan.with_suffix(".json").write_text(text)
+        plan.with_suffix(".json").write_text(text, encoding="utf-8")
         layers = [layer if isinstance(layer, dict) else {"Name": layer} for layer in json.loads(text)["Layers"]]
         return {
             "layers": len(layers),
@@ -460,7 +462,9 @@ class Bench:
                     rounds[key].append(turn(key))
             for key, (runner, feeds) in runners.items():
                 shares = _profile(self.trt, runner, feeds)
-                (self.plans / f"{_stem(key)}.profile.json").write_text(json.dumps(shares.pop("layers", {}), indent=1))
+                (self.plans / f"{_stem(key)}.profile.json").write_text(
+                    json.dumps(shares.pop("layers", {}), indent=1), encoding="utf-8"
+                )
                 self.result["engines"][key].update(shares)
             captured = {key: runner.captured for key, (runner, _) in runners.items()}
         first = np.array(rounds[next(iter(rounds))])

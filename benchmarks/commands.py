@@ -62,7 +62,9 @@ def main() -> None:
     if output:
         machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        output.write_text(json.dumps({"date": date, "machine": machine, "rows": rows}, indent=2) + "\n")
+        output.write_text(
+            json.dumps({"date": date, "machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

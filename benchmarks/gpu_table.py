@@ -41,9 +41,9 @@ def run(config: str, build: Path, *options: str) -> int:
 
 def collect(folder: Path, precision: str) -> dict[str, Any]:
     """One row of the table, from the reports."""
-    report = json.loads((folder / "validate" / precision / "report.json").read_text())
-    manifest = json.loads((folder / "engine" / precision / "manifest.json").read_text())
-    timings = json.loads((folder / "benchmark" / "report.json").read_text())["timings"]
+    report = json.loads((folder / "validate" / precision / "report.json").read_text(encoding="utf-8"))
+    manifest = json.loads((folder / "engine" / precision / "manifest.json").read_text(encoding="utf-8"))
+    timings = json.loads((folder / "benchmark" / "report.json").read_text(encoding="utf-8"))["timings"]
     timing = next(t for t in timings if t["name"] == precision)
     scores, reference = report["scores"], report["reference"]
     return {
@@ -92,11 +92,11 @@ def main() -> None:
             config, implicit, "--backend", "tensorrt", "-p", "int8", "--set", "engine.route=implicit", *sets
         )
         rows.append(collect(implicit / config, "int8"))
-        manifest = json.loads((build / config / "engine" / "fp16" / "manifest.json").read_text())
+        manifest = json.loads((build / config / "engine" / "fp16" / "manifest.json").read_text(encoding="utf-8"))
         result["device"], result["tensorrt"] = manifest["device"], manifest["backend_version"]
         image = manifest["inputs"][0]["shape"]
         result["configs"][config] = {"input": image, "exit_codes": [code, implicit_code], "rows": rows}
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for config, entry in result["configs"].items():
         for row in entry["rows"]:
             print(

@@ -68,7 +68,7 @@ def main() -> None:
     def without(drop: Callable[[str], bool]) -> CalibrationTable:
         return CalibrationTable(table.algorithm, {name: a for name, a in table.amax.items() if not drop(name)})
 
-    report = json.loads((folder / "calibrate" / "report.json").read_text())["tensors"]
+    report = json.loads((folder / "calibrate" / "report.json").read_text(encoding="utf-8"))["tensors"]
     largest = {t["tensor"]: max(abs(t["minimum"]), abs(t["maximum"]), 1e-6) for t in report}
     started = time.perf_counter()
     own = calibrate_with_tensorrt(clean, feeds("calibration"), "entropy", settings)
@@ -92,7 +92,7 @@ def main() -> None:
         "calibration_seconds_tensorrt_own": seconds,
         "amax_ratio_ours_over_tensorrts": {n: table.amax[n] / own.amax[n] for n in table.amax if n in own.amax},
     }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for label, row in result["ranges_given"].items():
         print(f"{label:50} same class {row['agreement']:.5f}  rms {row['rms']:.3f}")
 

@@ -6,13 +6,15 @@ import logging
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from pipeline.backends.parsing import ParserVerdict
+    from pipeline.calibration.report import CalibrationReport
     from pipeline.config import Config, Precision
     from pipeline.run import Run
     from pipeline.stages.clean import CleaningReport
@@ -135,7 +137,18 @@ def clean(
     model: Annotated[Path | None, typer.Argument(help="RAW.onnx, instead of -c.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="CLEAN.onnx.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Report as JSON.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest accepted change, relative to the largest output.")] = 1e-5,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest accepted change, relative to the largest output.", show_default="1e-5"),
+    ] = None,
+    bake_input: Annotated[
+        Literal["float", "image"] | None,
+        typer.Option(help="image: take uint8 (N, H, W, C), normalised in the graph.", show_default="float"),
+    ] = None,
+    bake_output: Annotated[
+        Literal["logits", "labels", "probabilities"] | None,
+        typer.Option(help="labels: give uint8 class ids (N, H, W); probabilities: softmax.", show_default="logits"),
+    ] = None,
     multiple_of: Annotated[
         int, typer.Option(min=1, help="Promise that dynamic heights and widths are always multiples of this.")
     ] = 1,
@@ -147,19 +160,31 @@ def clean(
 ) -> None:
     """Rewrite the graph for TensorRT, with proof that it computes the same."""
     from pipeline.artifacts import from_json
-    from pipeline.config import ProfileRange
+    from pipeline.config import CleanConfig, ProfileRange
     from pipeline.stages.clean import CleaningReport
     from pipeline.stages.clean import clean as clean_file
 
+    keys = {"tolerance": tolerance, "input": bake_input, "output": bake_output}
+    given = {key: value for key, value in keys.items() if value is not None}
     if model is None:
-        with _run(_load(config, overrides), build_dir, force) as work:
+        chosen = [*(overrides or []), *(f"clean.{key}={value}" for key, value in given.items())]
+        with _run(_load(config, chosen), build_dir, force) as work:
             output = work.clean()
         result = from_json(CleaningReport, output.with_name("report.json"))
     else:
         output = _required(output, "-o CLEAN.onnx")
         promised = ProfileRange(min=multiple_of, opt=4 * multiple_of, max=8 * multiple_of, multiple_of=multiple_of)
         profiles = {"height": promised, "width": promised} if multiple_of > 1 else {}
-        result = clean_file(model, output, report, tolerance, profiles=profiles)
+        settings = _section(CleanConfig, given)
+        result = clean_file(
+            model,
+            output,
+            report,
+            settings.tolerance,
+            profiles=profiles,
+            input=settings.input,
+            output=settings.output,
+        )
     if json:
         _print_json(result)
         return
@@ -171,32 +196,49 @@ def clean(
 def calibrate(
     model: Annotated[Path | None, typer.Argument(help="CLEAN.onnx, instead of -c.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of calibration images.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="calibration.cache.")] = None,
-    algorithm: Annotated[str, typer.Option(help="entropy or minmax.")] = "entropy",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="calibration.cache; its report is <this>.json.")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="entropy, minmax, percentile, mse, or auto.", show_default="entropy")
+    ] = None,
+    calibrator: Annotated[str | None, typer.Option(help="cpu, gpu, tensorrt, or auto.", show_default="auto")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that cannot be decoded.")] = False,
     config: ConfigOption = None,
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Choose the INT8 ranges of all tensors."""
-    if model is None:
-        with _run(_load(config, overrides), build_dir, force) as work:
-            print(work.calibrate())
-        return
-    import tempfile
-
-    from pipeline.artifacts import write_atomically
+    from pipeline.artifacts import from_json
+    from pipeline.calibration.report import CalibrationReport
     from pipeline.config import CalibrateConfig
     from pipeline.data.dataset import image_folder
     from pipeline.stages.calibrate import calibrate as calibrate_file
 
-    card = _card_of(model)
-    target = _required(output, "-o calibration.cache")
-    dataset = image_folder(_required(images, "--images DIR"), card.preprocessing.channels)
-    settings = _section(CalibrateConfig, {"algorithm": algorithm, "images": len(dataset)})
-    with tempfile.TemporaryDirectory() as folder:
-        calibrate_file(model, dataset, settings, card.preprocessing, Path(folder))
-        write_atomically(target, Path(folder, "calibration.cache").read_bytes())
+    given = {
+        **({"algorithm": algorithm} if algorithm else {}),
+        **({"calibrator": calibrator} if calibrator else {}),
+        **({"skip_bad": True} if skip_bad else {}),
+    }
+    if model is None:
+        chosen = [*(overrides or []), *(f"calibrate.{key}={value}" for key, value in given.items())]
+        with _run(_load(config, chosen), build_dir, force) as work:
+            target = work.calibrate()
+        result = from_json(CalibrationReport, target.with_name("report.json"))
+    else:
+        card = _card_of(model)
+        target = _required(output, "-o calibration.cache")
+        dataset = image_folder(_required(images, "--images DIR"), card.preprocessing.channels)
+        settings = _section(CalibrateConfig, {**given, "images": len(dataset)})
+        result = calibrate_file(
+            model, dataset, settings, card.preprocessing, target, target.with_name(f"{target.name}.json")
+        )
+    if json:
+        _print_json(result)
+        return
+    _print_calibration(result)
     print(target)
 
 
@@ -529,23 +571,53 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
 
 def _print_cleaning(report: CleaningReport) -> None:
     """A summary for people, with the log messages: the path alone goes to stdout."""
-    if not log.isEnabledFor(logging.INFO):
-        return
-    before, after, parser = report.nodes_before, report.nodes_after, report.parser
+    if log.isEnabledFor(logging.INFO):
+        _print_table(("cleaning", ""), _cleaning_rows(report), file=sys.stderr)
+
+
+def _cleaning_rows(report: CleaningReport) -> list[tuple[str, str]]:
+    before, after, equality = report.nodes_before, report.nodes_after, report.equality
+    changed = [op for op in sorted({*before, *after}) if before.get(op) != after.get(op)]
     fired = Counter(rule for step in report.passes for rule, _ in step.fired)
-    judge = f"{parser.parser} {parser.version} " if parser.parser else ""
-    verdict = {True: "accepts the graph", False: "refuses the graph", None: "no verdict"}[parser.accepted]
-    refused = ", ".join(f"{node.node} ({node.op})" if node.node else node.reason for node in parser.refused)
-    reason = refused or parser.note
     rows = [
         ("nodes", f"{sum(before.values())} -> {sum(after.values())}"),
-        *((f"  {op}", f"{before.get(op, 0)} -> {after.get(op, 0)}") for op in sorted({*before, *after})),
+        *((f"  {op}", f"{before.get(op, 0)} -> {after.get(op, 0)}") for op in changed),
         ("rules fired", ", ".join(f"{rule} × {count}" for rule, count in sorted(fired.items())) or "none"),
-        ("largest change", ", ".join(f"{t.size} size {t.max_relative_error:.1e}" for t in report.equality.trials)),
-        *(("not compared", f"the raw graph does not run at {shapes}") for shapes in report.equality.refused),
-        ("parser", f"{judge}{verdict}{f': {reason}' if reason else ''}"),
+        *(("compared", f"{_shapes(t.shapes)} ({t.size}): {t.max_relative_error:.1e}") for t in equality.trials),
+        *(("not compared", f"{_shapes(shapes)}: the raw graph does not run") for shapes in equality.refused),
+        ("largest change", f"{equality.max_relative_error:.1e} of the largest output, {equality.tolerance:g} allowed"),
     ]
-    _print_table(("cleaning", ""), rows, file=sys.stderr)
+    if report.baked is not None:
+        rows.append(("baked in", f"{report.baked.input} -> {report.baked.output}"))
+    rows.append(("parser", _parser_says(report.parser)))
+    rows += [("finding", f"{finding.node} ({finding.op}): {finding.reason}") for finding in report.findings]
+    return rows
+
+
+def _print_calibration(report: CalibrationReport) -> None:
+    """A summary for people, with the log messages: the path alone goes to stdout."""
+    if log.isEnabledFor(logging.INFO):
+        rows = [
+            ("tensors", str(len(report.tensors))),
+            ("images", f"{report.image_count}, {len(report.skipped)} skipped"),
+            ("algorithm", report.algorithm),
+            *((f"  {trial.algorithm}", f"{trial.agreement:.4%} same class") for trial in report.trials),
+            ("calibrator", report.calibrator),
+            ("seconds", f"{report.seconds:.1f}"),
+        ]
+        _print_table(("calibration", ""), rows, file=sys.stderr)
+
+
+def _parser_says(verdict: ParserVerdict) -> str:
+    judge = f"{verdict.parser} {verdict.version} " if verdict.parser else ""
+    says = {True: "accepts the graph", False: "refuses the graph", None: "no verdict"}[verdict.accepted]
+    refused = ", ".join(f"{node.node} ({node.op})" if node.node else node.reason for node in verdict.refused)
+    reason = refused or verdict.note
+    return f"{judge}{says}{f': {reason}' if reason else ''}"
+
+
+def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO = sys.stdout) -> None:
@@ -555,8 +627,8 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, file
     table = Table(*headings)
     for row in rows:
         table.add_row(*row)
-    # Piped output has no width of its own; a narrow guess would cut the cells.
-    console = Console(file=file, width=None if file.isatty() else 160)
+    # Piped output has no width of its own; a narrow guess would cut the cells. Names may hold brackets and colons.
+    console = Console(file=file, width=None if file.isatty() else 160, markup=False, emoji=False)
     console.print(table)
 
 

@@ -30,7 +30,9 @@ Precision = Literal["fp32", "fp16", "int8"]
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 Route = Literal["auto", "implicit", "explicit"]
 Axis = Literal["batch", "height", "width"]
-Algorithm = Literal["entropy", "minmax"]
+Algorithm = Literal["entropy", "minmax", "percentile", "mse"]
+Placement = Literal["convolutions", "shared"]
+Calibrator = Literal["auto", "cpu", "gpu", "tensorrt"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 PATH_KEYS = ("network.weights", "network.onnx", "data.root")
@@ -163,11 +165,23 @@ class CleanConfig(Strict):
 class CalibrateConfig(Strict):
     """How activation ranges are chosen."""
 
-    algorithm: Algorithm = "entropy"
-    calibrator: Literal["pipeline", "tensorrt"] = "pipeline"
+    algorithm: Algorithm | Literal["auto"] = Field(
+        "entropy", description="auto: the one whose INT8 masks agree best with FP32's on held-out calibration images"
+    )
+    calibrator: Calibrator = Field(
+        "auto", description="where activations are computed; auto: gpu where that is possible, otherwise cpu"
+    )
     images: int = Field(32, gt=0)
     bins: int = Field(2048, ge=256)
+    percentile: float = Field(99.99, gt=0, le=100, description="of algorithm: percentile")
+    skip_bad: bool = Field(False, description="go on without images that cannot be decoded")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _offered(self) -> CalibrateConfig:
+        if self.calibrator == "tensorrt" and self.algorithm not in ("entropy", "minmax"):
+            raise ValueError(f"calibrator: tensorrt offers the algorithms entropy and minmax, not {self.algorithm}")
+        return self
 
 
 class ProfileRange(Strict):
@@ -203,6 +217,11 @@ class EngineConfig(Strict):
     timing_cache: bool = True
     profile: dict[Axis, ProfileRange] = {}
     exclude: tuple[str, ...] = Field((), description="node name patterns that stay unquantized on the explicit route")
+    qdq: Placement = Field(
+        "convolutions",
+        description="INT8 on the explicit route; shared: pools, resizes, pads and concatenations too, with "
+        "one range for all that they join",
+    )
 
 
 class Tolerance(Strict):

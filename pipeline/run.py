@@ -158,14 +158,16 @@ class Run:
 
     def calibrate(self) -> Path:
         """The calibration cache."""
-        from pipeline.stages.calibrate import calibrate, content_hashes
+        from pipeline.calibration.report import CACHE_FILE, REPORT_FILE
+        from pipeline.stages.calibrate import calibrate, content_hashes, resolve_calibrator
 
         cleaned, config = self.clean(), self.config.calibrate
         images = open_dataset(self.config.data, self.config.preprocessing, "calibration").choose(
             config.images, config.seed
         )
         validation = self._validation()
-        tensorrt = config.calibrator == "tensorrt"
+        calibrator = resolve_calibrator(config.calibrator)
+        tools = ("numpy", "onnxruntime", *(() if calibrator == "cpu" else ("tensorrt",)))
         return (
             self._stage(
                 "calibrate",
@@ -174,19 +176,20 @@ class Run:
                     images,
                     config,
                     self.config.preprocessing,
-                    folder,
+                    folder / CACHE_FILE,
+                    folder / REPORT_FILE,
                     validation=content_hashes(validation),
                     engine=self.config.engine,
                 ),
-                config=[config, self.config.preprocessing],
+                config=[config, self.config.preprocessing, *self._judged_by()],
                 parents={
                     "clean": _hash(cleaned),
                     "images": images.fingerprint(),
                     "validation": validation.fingerprint(),
                 },
-                tools=("onnxruntime", "numpy", *(("tensorrt",) if tensorrt else ())),
+                tools=tools,
             )
-            / "calibration.cache"
+            / CACHE_FILE
         )
 
     def engine(self, precision: Precision) -> Path:
@@ -340,6 +343,10 @@ class Run:
         dataset = open_dataset(self.config.data, self.config.preprocessing, "validation")
         return dataset.first(self.config.validate_.images)
 
+    def _judged_by(self) -> list[Any]:
+        """What ``algorithm: auto`` depends on beside the calibration's own settings."""
+        return [self.config.engine.exclude, self.config.engine.qdq] if self.config.calibrate.algorithm == "auto" else []
+
     def _input(self, sample: Sample) -> NDArray[np.float32]:
         """One preprocessed image; with ``resize: none`` its size has to be the configured one."""
         from pipeline.data.preprocessing import preprocess
@@ -444,6 +451,8 @@ def _plain(part: Any) -> Any:
         from pydantic import TypeAdapter
 
         return TypeAdapter(type(part)).dump_python(part, mode="json")
+    if isinstance(part, dict):
+        return {key: _plain(value) for key, value in part.items()}
     return part
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from pipeline.artifacts import Device
 from pipeline.errors import EngineError, PipelineError, UnsupportedError
@@ -81,10 +83,27 @@ def driver_version() -> str:
     return _cuda_of_driver()
 
 
+def shared_memory() -> int:
+    """Bytes of shared memory that one block of a kernel can have on this process's GPU, where it asks for them.
+
+    Raises:
+        UnsupportedError: no GPU.
+    """
+    attribute = _runtime().cudaDeviceAttr.cudaDevAttrMaxSharedMemoryPerBlockOptin
+    return int(call("cudaDeviceGetAttribute", attribute, call("cudaGetDevice")))
+
+
 def free_memory() -> tuple[int, int]:
     """Free and total bytes of the GPU."""
     free, total = call("cudaMemGetInfo")
     return int(free), int(total)
+
+
+def out_of_memory() -> EngineError:
+    """The error to raise where the GPU has too little memory."""
+    return EngineError(
+        "the GPU is out of memory", got=_memory(), fix="free GPU memory, or use a smaller batch or profile"
+    )
 
 
 def call(function: str, *arguments: Any) -> Any:
@@ -117,6 +136,10 @@ class Stream:
     def synchronize(self) -> None:
         call("cudaStreamSynchronize", self.handle)
 
+    def wait(self, event: Event) -> None:
+        """Let what is enqueued from now on wait for an event that another stream has recorded."""
+        call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+
     def close(self) -> None:
         if self.handle is not None:
             _release("cudaStreamDestroy", self.handle)
@@ -131,6 +154,10 @@ class Event:
 
     def record(self, stream: Stream) -> None:
         call("cudaEventRecord", self.handle, stream.handle)
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has come to the point last recorded; at once where none was."""
+        call("cudaEventSynchronize", self.handle)
 
     def milliseconds_since(self, start: Event) -> float:
         """GPU time between two recorded events; both must have completed (synchronize their stream first)."""
@@ -161,6 +188,17 @@ class DeviceBuffer:
         kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost
         call("cudaMemcpyAsync", array.ctypes.data, self.address, array.nbytes, kind, stream.handle)
 
+    def copy(self, source: DeviceBuffer, stream: Stream) -> None:
+        """Start copying all of another buffer, which is no larger."""
+        if source.size > self.size:
+            raise ValueError(f"needs a buffer of at most {self.size} bytes, got {source.size}")
+        kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        call("cudaMemcpyAsync", self.address, source.address, source.size, kind, stream.handle)
+
+    def clear(self, stream: Stream) -> None:
+        """Start filling it with zero bytes."""
+        call("cudaMemsetAsync", self.address, 0, self.size, stream.handle)
+
     def close(self) -> None:
         if self.address:
             _release("cudaFree", self.address)
@@ -177,6 +215,26 @@ class DeviceBuffer:
     def _fits(self, array: NDArray[Any]) -> None:
         if not array.flags.c_contiguous or array.nbytes > self.size:
             raise ValueError(f"needs a C-contiguous array of at most {self.size} bytes, got {array.nbytes}")
+
+
+class PinnedArray:
+    """Host memory that copies to and from the GPU without waiting for either; freed by ``close``.
+
+    Attributes:
+        array: C-contiguous, uninitialised; must not be used after ``close``.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        self._address = int(call("cudaMallocHost", max(size, 1)))
+        memory = (ctypes.c_ubyte * size).from_address(self._address)
+        self.array: NDArray[Any] = np.frombuffer(memoryview(memory), kind).reshape(shape)
+
+    def close(self) -> None:
+        if self._address:
+            _release("cudaFreeHost", self._address)
+            self._address = 0
 
 
 class Graph:
@@ -252,9 +310,7 @@ def _error(function: str, status: str) -> PipelineError:
             fix="check nvidia-smi and CUDA_VISIBLE_DEVICES",
         )
     if status == "cudaErrorMemoryAllocation":
-        return EngineError(
-            "the GPU is out of memory", got=_memory(), fix="free GPU memory, or use a smaller batch or profile"
-        )
+        return out_of_memory()
     return EngineError(f"CUDA failed: {function} returned {status}", fix="see the log; run again with --debug")
 
 

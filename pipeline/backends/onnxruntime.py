@@ -59,7 +59,7 @@ class OnnxRuntimeRunner:
 
     def __init__(self, model: Path | bytes, *, optimize: bool = True, arena: bool = True) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         if not optimize:

@@ -77,7 +77,7 @@ class EngineRunner:
         """
         self._prepare(feeds)
         held = self._upload(feeds)
-        self._enqueue()
+        self.enqueue()
         results = {
             spec.name: np.empty(tuple(self._context.get_tensor_shape(spec.name)), np.dtype(spec.dtype))
             for spec in self.outputs
@@ -87,6 +87,36 @@ class EngineRunner:
         self._stream.synchronize()
         del held
         return results
+
+    @property
+    def stream(self) -> cuda.Stream:
+        """The one that inferences run on."""
+        return self._stream
+
+    def bind(self, feeds: Arrays) -> dict[str, cuda.DeviceBuffer]:
+        """The GPU memory of every input and output, for feeds of these shapes; it belongs to the runner.
+
+        For work that stays on the GPU: in order of ``stream``, fill the inputs' memory, ``enqueue``, read the outputs'.
+
+        Raises:
+            EngineError, ValueError: as calling the runner does.
+        """
+        self._prepare(feeds)
+        return dict(self._buffers)
+
+    def enqueue(self) -> None:
+        """Start one inference on what the inputs' memory holds.
+
+        Raises:
+            EngineError: TensorRT does not start it.
+        """
+        with collected(self.trt) as messages:
+            done = self._context.execute_async_v3(int(self._stream))
+        if not done:
+            raise EngineError(
+                f"the engine failed to run: {'; '.join(errors_of(messages)) or 'TensorRT gave no reason'}",
+                fix="free GPU memory, or build the engine again on this machine",
+            )
 
     def device_milliseconds(self, feeds: Arrays, seconds: float, warmup_seconds: float) -> NDArray[np.float64]:
         """GPU time of each inference, by CUDA events around it; no copies are timed.
@@ -103,7 +133,7 @@ class EngineRunner:
         """
         self._prepare(feeds)
         held = self._upload(feeds)
-        self._enqueue()  # TensorRT finishes its set-up at the first execution, which cannot be captured
+        self.enqueue()  # TensorRT finishes its set-up at the first execution, which cannot be captured
         self._stream.synchronize()
         del held
         graph = self._capture()
@@ -281,22 +311,13 @@ class EngineRunner:
             self._buffers[spec.name].upload(array, self._stream)
         return held
 
-    def _enqueue(self) -> None:
-        with collected(self.trt) as messages:
-            done = self._context.execute_async_v3(int(self._stream))
-        if not done:
-            raise EngineError(
-                f"the engine failed to run: {'; '.join(errors_of(messages)) or 'TensorRT gave no reason'}",
-                fix="free GPU memory, or build the engine again on this machine",
-            )
-
     def _capture(self) -> cuda.Graph | None:
         capturable = getattr(self._context, "is_stream_capturable", None)
         if capturable is not None and not capturable(int(self._stream)):
             return None
         try:
             with cuda.capture(self._stream) as graphs:
-                self._enqueue()
+                self.enqueue()
         except PipelineError as error:
             log.info("timing without a CUDA graph: %s", error.problem)
             self._stream.synchronize()
@@ -307,7 +328,7 @@ class EngineRunner:
         if graph is not None:
             graph.launch(self._stream)
         else:
-            self._enqueue()
+            self.enqueue()
 
     def _warm_up(self, graph: cuda.Graph | None, seconds: float) -> float:
         """Run for a while; host seconds of one inference, above 0."""

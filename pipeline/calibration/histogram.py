@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,14 @@ class Histogram:
         self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
         self.minimum, self.maximum = math.inf, -math.inf
         self._exponent = SMALLEST_EXPONENT
+
+    @classmethod
+    def of(cls, tensor: str, counts: NDArray[np.int64], exponent: int, minimum: float, maximum: float) -> Histogram:
+        """One that was counted elsewhere, in bins that span 2**exponent, the least that ``add`` would have chosen."""
+        histogram = cls(tensor)
+        histogram.counts, histogram._exponent = counts, exponent
+        histogram.minimum, histogram.maximum = minimum, maximum
+        return histogram
 
     @property
     def amax(self) -> float:
@@ -101,6 +110,19 @@ class Histogram:
         below[0], below[-1] = 0, self.total
         return np.diff(below)
 
+    def quantile(self, share: float) -> float:
+        """The value that a share (0…1) of all |value| do not exceed, at most ``amax``; 0.0 before the first value.
+
+        Exact to one bin's width: a value counts as evenly spread inside its bin, exact zeros too.
+        """
+        below = np.cumsum(self.counts)
+        if below[-1] == 0 or share >= 1:
+            return self.amax
+        wanted = share * float(below[-1])
+        index = int(np.searchsorted(below, wanted))
+        before = float(below[index] - self.counts[index])
+        return min((index + (wanted - before) / float(self.counts[index])) * self.width, self.amax)
+
     def share_above(self, amax: float) -> float:
         """Share of the values with |value| > amax, 0…1; exactly 0 from the largest on, else to one bin's counts."""
         if amax >= self.amax:
@@ -129,6 +151,13 @@ class Histogram:
             got=f"{bad} of {flat.size} values are not finite",
             fix="check this image, the preprocessing and the network's weights",
         )
+
+
+def merge_concatenated(histograms: Mapping[str, Histogram], concatenations: Mapping[str, Sequence[str]]) -> None:
+    """Fill the histograms of concatenations, in topological order, from those of their parts."""
+    for tensor, parts in concatenations.items():
+        for part in parts:
+            histograms[tensor].merge(histograms[part])
 
 
 def _merged(counts: NDArray[np.int64], doublings: int) -> NDArray[np.int64]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from pipeline.calibration.report import CalibrationReport, report_beside
 from pipeline.errors import CalibrationError
 
-# Header names by algorithm; TensorRT's IInt8EntropyCalibrator2 and IInt8MinMaxCalibrator write these.
+# Header names by algorithm: IInt8EntropyCalibrator2 and IInt8MinMaxCalibrator write and read these. TensorRT has no
+# calibrator for the others, and takes the scales alone: their caches go under the name that most programs ask for.
 HEADERS = {"entropy": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
+OTHERS = ("percentile", "mse")
 LINE = re.compile(r"(?P<tensor>.+): (?P<scale>[0-9a-fA-F]{8})")
 HEADER = re.compile(r"TRT-(?P<version>\d+)-(?P<algorithm>\w+)")
 SHOWN = 5
@@ -24,8 +27,10 @@ class CalibrationTable:
     """Activation ranges of one graph: ``amax[tensor]`` > 0 means that [-amax, amax] maps to [-127, 127].
 
     Attributes:
-        algorithm: entropy, minmax, or the header's own name where the project knows no other.
+        algorithm: entropy, minmax, percentile, mse, or the header's own name where the project knows no other.
         amax: by tensor name, in the graph's order.
+        version: number of the TensorRT that the cache's header names; None for a table that comes from no cache.
+        report: where the ranges come from; None for a cache without its report, such as TensorRT's own.
 
     Raises:
         CalibrationError: an amax whose float32 scale is not finite and above 0, or a tensor name of more than one line.
@@ -33,6 +38,8 @@ class CalibrationTable:
 
     algorithm: str
     amax: Mapping[str, float]
+    version: int | None = field(default=None, compare=False)
+    report: CalibrationReport | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for tensor, value in self.amax.items():
@@ -58,7 +65,8 @@ class CalibrationTable:
         Format (seen in caches that TensorRT 8.6.0 wrote): a header, then ``<tensor>: <8 hex digits>``, the big-endian
         IEEE-754 bits of the float32 scale.
         """
-        lines = [f"TRT-{version}-{HEADERS.get(self.algorithm, self.algorithm)}"]
+        written = HEADERS["entropy"] if self.algorithm in OTHERS else HEADERS.get(self.algorithm, self.algorithm)
+        lines = [f"TRT-{version}-{written}"]
         lines += [f"{tensor}: {struct.pack('>f', self.scale(tensor)).hex()}" for tensor in self.amax]
         return "\n".join(lines) + "\n"
 
@@ -98,17 +106,19 @@ class CalibrationTable:
                     fix="calibrate again, or restore the file",
                 )
             amax[match["tensor"]] = scale * 127
-        return cls(names.get(header["algorithm"], header["algorithm"]), amax)
+        return cls(names.get(header["algorithm"], header["algorithm"]), amax, int(header["version"]))
 
 
 def read_cache(path: Path) -> CalibrationTable:
-    """The table of a cache file.
+    """The table of a cache file, with its report where that lies beside it (see ``report_beside``).
 
     Raises:
-        CalibrationError: the file is missing, unreadable, no text, or damaged.
+        CalibrationError: the file is missing, unreadable, no text, damaged, or not what its report says.
+        BuildFolderError: the report cannot be read.
     """
     try:
-        text = path.read_bytes().decode()
+        data = path.read_bytes()
+        text = data.decode()
     except OSError as error:
         raise CalibrationError(
             f"cannot read the calibration cache {path}: {error.strerror}", fix="check the path, or calibrate first"
@@ -117,34 +127,59 @@ def read_cache(path: Path) -> CalibrationTable:
         raise CalibrationError(
             f"{path} is no text, so no calibration cache", expected="TensorRT's text format", fix="calibrate again"
         ) from error
-    return CalibrationTable.from_cache(text, str(path))
+    table = CalibrationTable.from_cache(text, str(path))
+    report = report_beside(path, data)
+    return table if report is None else replace(table, algorithm=report.algorithm, report=report)
 
 
-def check_table(table: CalibrationTable, tensors: Iterable[str], source: str) -> None:
-    """Refuse a table that was not made for the graph whose activation tensors are given.
+def check_table(
+    table: CalibrationTable, wanted: Iterable[str], known: Iterable[str], source: str = "the calibration table"
+) -> list[str]:
+    """Refuse a table that was not made for a graph.
 
     Args:
-        source: the table's file, for the message.
+        wanted: tensors that need a range.
+        known: all of the graph's activation tensors.
+        source: where the table comes from, for the message.
+
+    Returns:
+        Tensors that the table names and the graph does not have.
 
     Raises:
-        CalibrationError: a tensor of the graph has no range, or the table names a tensor that the graph does not hold.
+        CalibrationError: a wanted tensor has no range.
     """
-    wanted = list(tensors)
-    missing = [tensor for tensor in wanted if tensor not in table.amax]
-    unknown = sorted(set(table.amax) - set(wanted))
-    if missing or unknown:
+    needed, own = list(wanted), set(known)
+    missing = [tensor for tensor in needed if tensor not in table.amax]
+    unknown = [tensor for tensor in table.amax if tensor not in own]
+    if missing:
+        foreign = 2 * len(unknown) >= len(table.amax)
         differences = [("missing", missing), ("unknown", unknown)]
         raise CalibrationError(
-            f"{source} is the calibration cache of another model",
-            expected=f"one range for each of the graph's {len(wanted)} tensors",
-            got="; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in differences if names),
-            fix="calibrate this model, or give the cache that belongs to it",
+            f"{source} belongs to another graph" if foreign else f"{source} lacks {len(missing)} of the ranges needed",
+            expected=f"a range for each of {len(needed)} tensors of this graph",
+            got="; ".join(f"{len(names)} {what}: {some(names)}" for what, names in differences if names),
+            fix="calibrate this graph, give the cache that belongs to it, or (explicit route) name the readers of "
+            "missing tensors in engine.exclude",
         )
+    return unknown
 
 
-def _some(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def renamed(table: CalibrationTable, earlier: Mapping[str, str]) -> CalibrationTable:
+    """The table in a clean graph's names, where it speaks in those of the raw export: where it lacks a clean name.
+
+    Args:
+        earlier: the raw export's name of a tensor, by its name now.
+    """
+    if all(name in table.amax for name in earlier):
+        return table
+    now = {raw: name for name, raw in earlier.items()}
+    return replace(table, amax={now.get(tensor, tensor): amax for tensor, amax in table.amax.items()})
+
+
+def some(names: Sequence[str], shown: int = SHOWN) -> str:
+    """The first names of a list, and how many more there are."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _is_scale(value: float) -> bool:

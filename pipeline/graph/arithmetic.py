@@ -11,7 +11,20 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from pipeline.graph.base import Fired, Pass, PassResult, input_at, is_output, is_standard, label, remove_detached
+from pipeline.graph.base import (
+    Fired,
+    Pass,
+    PassResult,
+    detach,
+    input_at,
+    is_output,
+    is_standard,
+    label,
+    names_in,
+    place_of,
+    remove_detached,
+)
+from pipeline.graph.resampling import exact_scale
 from pipeline.graph.shape_rules import Shape, Value
 from pipeline.graph.shapes import unique
 from pipeline.graph.symbolic import Symbolic
@@ -49,8 +62,7 @@ class FoldSizes(Pass):
             if value is not None:
                 fired.append(("size", label(node)))
                 tensor = node.outputs[0]
-                node.inputs.clear()
-                node.outputs.clear()
+                detach(node)
                 tensor.to_constant(value)
         remove_detached(graph)
         return PassResult.of(fired)
@@ -71,7 +83,7 @@ class SizesToScales(Pass):
         resizes = [n for n in graph.nodes if is_standard(n, "Resize") and input_at(n, SIZES) is not None]
         if not resizes:
             return PassResult(False)
-        known, taken = Symbolic(graph), set(graph.tensors())
+        known, taken = Symbolic(graph), names_in(graph)
         fired: list[Fired] = []
         for node in resizes:
             scales = self._scales(known, node)
@@ -151,7 +163,7 @@ class _Draft:
     made: dict[tuple[object, ...], gs.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._taken = set(self.graph.tensors()) | {node.name for node in self.graph.nodes}
+        self._taken = names_in(self.graph)
 
     def replace(self, node: gs.Node, slot: int) -> bool:
         """Whether the sizes in this slot are now computed in the shortest way known."""
@@ -169,9 +181,7 @@ class _Draft:
         for node, slot, tensor in self.replaced:
             node.inputs[slot] = tensor
         added = {id(node) for node in self.added}
-        for node in self.added:
-            node.inputs.clear()
-            node.outputs.clear()
+        detach(*self.added)
         self.graph.nodes = [node for node in self.graph.nodes if id(node) not in added]
 
     def _parts(self, node: gs.Node, slot: int, value: Value) -> list[gs.Tensor] | None:
@@ -255,8 +265,7 @@ class _Draft:
             name = self._name(op.lower())
             result = gs.Variable(name, np.dtype(np.int64))
             node = gs.Node(op, name, dict(attributes), list(inputs), [result])
-            position = next(i for i, other in enumerate(self.graph.nodes) if other is reader)
-            self.graph.nodes.insert(position, node)
+            self.graph.nodes.insert(place_of(self.graph, reader), node)
             self.added.append(node)
             self.made[key] = result
         return self.made[key]
@@ -283,11 +292,7 @@ def _scale(size: Expr, source: Expr) -> np.float32 | None:
         return np.float32(1)
     wanted, given = size.integer, source.integer
     if wanted is not None and given is not None:
-        if given < 1:
-            return None
-        scale = np.float32(wanted) / np.float32(given)
-        right = int(np.floor(np.float32(given) * scale)) == wanted and int(given * float(scale)) == wanted
-        return scale if right else None
+        return exact_scale(given, wanted) if given > 0 else None
     factor = ratio(size, source)
     return np.float32(float(factor)) if factor is not None and factor > 0 and exact(source * factor) else None
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pipeline.graph.base import STANDARD, constant_value, input_at
+from pipeline.graph.base import BROADCAST_OPSET, STANDARD, array_of, input_at
 from pipeline.graph.shapes import unique
 
 Order: TypeAlias = "tuple[int, ...]"
@@ -33,8 +33,6 @@ REDUCE = (
     "ReduceSum", "ReduceSumSquare",
 )
 # fmt: on
-# Numpy-style broadcasting; before, the arithmetic operators had an axis of their own.
-FIRST_OPSET = 7
 
 
 @dataclass
@@ -75,29 +73,18 @@ Rule: TypeAlias = Callable[[gs.Node, Order, int], "Move | None"]
 
 def move_for(node: gs.Node, order: Order, opset: int) -> Move | None:
     """How ``node`` computes the same on tensors permuted by ``order``; None where it cannot or need not be known."""
-    if node.domain not in STANDARD or opset < FIRST_OPSET or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
-        return None
     rule = RULES.get(node.op)
-    return rule(node, order, opset) if rule else None
+    if rule is None or node.domain not in STANDARD or opset < BROADCAST_OPSET:
+        return None
+    return None if any(isinstance(v, gs.Graph) for v in node.attrs.values()) else rule(node, order, opset)
 
 
 def inverse(order: Sequence[int]) -> Order:
     return tuple(int(axis) for axis in np.argsort(order))
 
 
-def same_sizes(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
-    """Whether two shapes with equally many elements are equal: each size is known to be, but for one at most."""
-    unequal = [a for a, b in zip(given, wanted, strict=False) if a in (None, "") or a != b]
-    return len(given) == len(wanted) and len(unequal) <= 1
-
-
 def _nothing(edits: Edits) -> None:
     """Nothing but the permuted tensors changes."""
-
-
-def array_of(tensor: gs.Tensor | None) -> Any:
-    """Value of an initializer whose type numpy has; None for anything else."""
-    return None if tensor is None or isinstance(tensor.dtype, int) else constant_value(tensor)
 
 
 def _axes(values: Iterable[int], rank: int) -> tuple[int, ...] | None:

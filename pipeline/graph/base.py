@@ -22,13 +22,15 @@ from onnx_graphsurgeon.ir.tensor import SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from pipeline.errors import ModelError, PipelineError
-from pipeline.graph.promises import read_multiples
+from pipeline.graph.promises import read_multiples, read_raw_names, write_raw_names
 
 Fired = tuple[str, str]
 MAX_ROUNDS = 10
 # Initializers outside the input list need this IR version.
 UNLISTED_IR = 4
 STANDARD = (None, "", "ai.onnx")
+# Numpy-style broadcasting; before, the arithmetic operators had an axis of their own.
+BROADCAST_OPSET = 7
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def import_graph(model: ModelProto) -> gs.Graph:
     graph.listed_initializers = [t.name for t in model.graph.initializer if t.name in inputs]
     graph.unused_initializers = [t.name for t in model.graph.initializer if t.name not in used]
     graph.multiples = read_multiples(model)
+    graph.raw_names = read_raw_names(model)
+    graph.imported_names = set(graph.tensors())
     return graph
 
 
@@ -180,7 +184,8 @@ def export_graph(graph: gs.Graph, shell: ModelProto, *, largest: int | None = No
     least = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     raised = any(new.version != old.version for new, old in zip(model.opset_import, shell.opset_import, strict=False))
     model.ir_version = max(shell.ir_version, UNLISTED_IR, least if raised else 0)
-    model.graph.CopyFrom(_export(graph, set(), largest))
+    _export(graph, set(), largest, model.graph)
+    write_raw_names(model, graph.raw_names)
     return model
 
 
@@ -194,9 +199,10 @@ def _remember(graph: gs.Graph, proto: GraphProto) -> None:
                 _remember(value, graphs[key])
 
 
-def _export(graph: gs.Graph, outer: set[int], largest: int | None = None) -> GraphProto:
+def _export(graph: gs.Graph, outer: set[int], largest: int | None = None, into: GraphProto | None = None) -> GraphProto:
     origin: GraphProto = getattr(graph, "origin", None) or GraphProto()
-    proto = GraphProto(name=graph.name, doc_string=origin.doc_string)
+    proto = GraphProto() if into is None else into
+    proto.name, proto.doc_string = graph.name or "", origin.doc_string
     proto.metadata_props.extend(origin.metadata_props)
     proto.input.extend(_value(tensor, origin.input) for tensor in graph.inputs)
     proto.output.extend(_value(tensor, origin.output) for tensor in graph.outputs)
@@ -275,6 +281,19 @@ def input_at(node: gs.Node, slot: int) -> gs.Tensor | None:
     return None
 
 
+def array_of(tensor: gs.Tensor | None) -> Any:
+    """Value of an initializer whose type numpy has; None for anything else."""
+    return None if tensor is None or isinstance(tensor.dtype, int) else constant_value(tensor)
+
+
+def put_input(node: gs.Node, slot: int, tensor: gs.Tensor) -> None:
+    """Set an input that the node has already, or its next one."""
+    if slot < len(node.inputs):
+        node.inputs[slot] = tensor
+    else:
+        node.inputs.append(tensor)
+
+
 def label(node: gs.Node) -> str:
     """The node's name, or what stands for it in a report."""
     if node.name:
@@ -298,22 +317,59 @@ def slots(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
             yield from [(node, slot) for slot, other in enumerate(node.inputs) if other is tensor]
 
 
+def made_by(tensor: gs.Tensor | None, *ops: str) -> gs.Node | None:
+    """The node that makes a tensor, where it is one of these operators; without any, whatever it is."""
+    node = tensor.inputs[0] if tensor is not None and len(tensor.inputs) == 1 else None
+    return node if node is not None and (not ops or is_standard(node, *ops)) else None
+
+
+def made_for_one(graph: gs.Graph, tensor: gs.Tensor | None, *ops: str) -> gs.Node | None:
+    """The one of these operators that makes the tensor for a single reader alone."""
+    node = made_by(tensor, *ops)
+    return node if tensor is not None and node is not None and _has_one_reader(graph, tensor) else None
+
+
+def only_reader(graph: gs.Graph, tensor: gs.Tensor, *ops: str) -> gs.Node | None:
+    """The one of these operators that alone reads the tensor."""
+    node = tensor.outputs[0] if tensor.outputs and _has_one_reader(graph, tensor) else None
+    return node if node is not None and is_standard(node, *ops) else None
+
+
+def _has_one_reader(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    return len(list(slots(tensor))) == 1 and not is_output(graph, tensor)
+
+
+def detach(*nodes: gs.Node) -> None:
+    """Take nodes off their tensors; ``remove_detached`` drops them."""
+    for node in nodes:
+        node.inputs.clear()
+        node.outputs.clear()
+
+
+def names_in(graph: gs.Graph) -> set[str]:
+    """Every node and tensor name of the graph and its subgraphs."""
+    parts = (graph, *graph.subgraphs(recursive=True))
+    return {name for part in parts for name in (*part.tensors(), *(node.name for node in part.nodes))}
+
+
+def place_of(graph: gs.Graph, node: gs.Node) -> int:
+    return next(place for place, other in enumerate(graph.nodes) if other is node)
+
+
 def bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor, result: gs.Tensor) -> bool:
     """Take ``node`` out: consumers of ``result`` read ``source`` instead. False where names of outputs forbid it."""
     if not is_output(graph, result):
         for consumer, slot in list(slots(result)):
             consumer.inputs[slot] = source
-        node.inputs.clear()
-        node.outputs.clear()
+        detach(node)
         return True
-    producer = source.inputs[0] if len(source.inputs) == 1 else None
+    producer = made_by(source)
     own_input = any(t is source for t in graph.inputs)
     if isinstance(source, gs.Constant) or own_input or is_output(graph, source) or producer is None:
         return False
     if not any(other is producer for other in graph.nodes):
         return False
-    node.inputs.clear()
-    node.outputs.clear()
+    detach(node)
     for consumer, slot in list(slots(source)):
         consumer.inputs[slot] = result
     position = next(i for i, tensor in enumerate(producer.outputs) if tensor is source)
@@ -322,7 +378,7 @@ def bypass(graph: gs.Graph, node: gs.Node, source: gs.Tensor, result: gs.Tensor)
 
 
 def remove_detached(graph: gs.Graph) -> None:
-    """Drop nodes that ``bypass`` took out."""
+    """Drop nodes that ``bypass`` or ``detach`` took out."""
     graph.nodes = [node for node in graph.nodes if node.inputs or node.outputs]
 
 

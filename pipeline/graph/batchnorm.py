@@ -9,21 +9,27 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from pipeline.graph.base import (
+    BROADCAST_OPSET,
     Fired,
     Pass,
     PassResult,
     bypass,
     constant_value,
+    detach,
     input_at,
     is_output,
     is_sparse,
     is_standard,
     label,
+    made_by,
+    names_in,
+    put_input,
     remove_detached,
     slots,
+    tensor_proto_type,
 )
-from pipeline.graph.constants import numbered
-from pipeline.graph.padding import pad_spans, pad_value, put_input, set_pad_value
+from pipeline.graph.constants import INTEGERS, numbered
+from pipeline.graph.padding import pad_spans, pad_value, set_pad_value
 from pipeline.graph.shapes import unique
 from pipeline.graph.sizes import infer_shapes
 
@@ -31,8 +37,6 @@ FLOATS = (np.float16, np.float32, np.float64)
 # Until this opset an attribute says that a BatchNormalization is at inference; until opset 14 the absence of further
 # outputs does, from then on training_mode.
 INFERENCE_OPSET = 7
-# Until this opset, constants were broadcast by attributes.
-BROADCAST_OPSET = 7
 # The standard's default, an attribute of 32 bits.
 EPSILON = float(np.float32(1e-5))
 # How much larger than the values behind it a shift may be that moves behind a convolution: the convolution then sums
@@ -68,16 +72,17 @@ class FoldBatchNorm(Pass):
     Not: in training mode (before opset 14: with more than one output); ``spatial=0``; where anyone else reads a result
     in between; where a parameter, weight or bias is no initializer of 16, 32 or 64 bits; where the result is not
     finite in the weight's type; rule 4 where a shift is much larger than the values behind it, which would cost
-    accuracy, and Add and Sub before a convolution, where that cannot be known; a constant divided by the result.
+    accuracy, and Add and Sub before a convolution, where that cannot be known; rule 5 where the pixels of an integer
+    image are scaled: in FP16, weights that are 255 times smaller lose digits; a constant divided by the result.
     """
 
     name = "fold-batchnorm"
 
     def call(self, graph: gs.Graph) -> PassResult:
         fired: list[Fired] = []
-        taken = set(graph.tensors())
+        taken = names_in(graph)
         for node in graph.nodes:
-            if is_standard(node, "Conv", "ConvTranspose") and _weight(node) is not None:
+            if is_standard(node, "Conv", "ConvTranspose") and _has_weight(node):
                 fired += _fold_behind(graph, node, taken)
         remove_detached(graph)
         before = [node for node in graph.nodes if is_standard(node, "BatchNormalization", "Mul", "Div")]
@@ -91,9 +96,9 @@ class FoldBatchNorm(Pass):
 
 
 def _fold_behind(graph: gs.Graph, conv: gs.Node, taken: set[str]) -> list[Fired]:
-    weight, bias = _weight(conv), input_at(conv, 2)
-    rank = weight.ndim
-    channels = weight.shape[0] if conv.op == "Conv" else weight.shape[1] * conv.attrs.get("group", 1)
+    kernel, bias = conv.inputs[1], input_at(conv, 2)
+    rank = len(kernel.shape)
+    channels = kernel.shape[0] if conv.op == "Conv" else kernel.shape[1] * conv.attrs.get("group", 1)
     if bias is not None and _vector(bias, channels) is None:
         return []
     scale, shift = np.ones(channels), np.zeros(channels) if bias is None else _vector(bias, channels)
@@ -117,7 +122,10 @@ def _fold_behind(graph: gs.Graph, conv: gs.Node, taken: set[str]) -> list[Fired]
             values = padded
             absorbed.append((node, slot))
         tensor = node.outputs[0]
-    if not absorbed or not _write(graph, conv, _by_outputs(conv, weight, scale), shift, taken):
+    if not absorbed:
+        return []
+    weight = constant_value(kernel)
+    if not _write(graph, conv, _by_outputs(conv, weight, scale), shift, taken):
         return []
     for pad, value in values.values():
         set_pad_value(graph, pad, np.array(value, weight.dtype), taken)
@@ -131,6 +139,8 @@ def _fold_before(graph: gs.Graph, node: gs.Node, taken: set[str]) -> list[Fired]
     readers = _readers(graph, node.outputs[0])
     slot = 1 if node.op == "Mul" and constant_value(node.inputs[0]) is not None else 0
     shape = node.inputs[slot].shape
+    if _holds_pixels(node.inputs[slot]):
+        return []
     folded = []
     for conv in readers:
         weight = _weight(conv)
@@ -160,15 +170,22 @@ def _fold_before(graph: gs.Graph, node: gs.Node, taken: set[str]) -> list[Fired]
     for conv, scaled, added in folded:
         _write(graph, conv, scaled, added, taken)
         conv.inputs[0] = source
-    node.inputs.clear()
-    node.outputs.clear()
+    detach(node)
     return fired
+
+
+def _holds_pixels(tensor: gs.Tensor) -> bool:
+    """Whether the tensor holds integers as floats, in whatever layout."""
+    node = made_by(tensor)
+    while node is not None and is_standard(node, "Transpose"):
+        node = made_by(node.inputs[0])
+    return node is not None and is_standard(node, "Cast") and tensor_proto_type(node.inputs[0]) in INTEGERS
 
 
 def _readers(graph: gs.Graph, tensor: gs.Tensor) -> list[gs.Node]:
     """The convolutions that read the tensor as their input; none where anything else reads it."""
     found = list(slots(tensor))
-    fit = all(slot == 0 and is_standard(n, "Conv", "ConvTranspose") and _weight(n) is not None for n, slot in found)
+    fit = all(slot == 0 and is_standard(n, "Conv", "ConvTranspose") and _has_weight(n) for n, slot in found)
     return [node for node, _ in found] if fit and not is_output(graph, tensor) else []
 
 
@@ -234,6 +251,12 @@ def _padded(
         if then[0] != value:
             result[id(pad)] = pad, float(then[0])
     return result
+
+
+def _has_weight(conv: gs.Node) -> bool:
+    """Whether the weight is an initializer that can be folded into; does not load it."""
+    tensor = conv.inputs[1]
+    return isinstance(tensor, gs.Constant) and not is_sparse(tensor) and tensor.dtype in FLOATS
 
 
 def _weight(conv: gs.Node) -> Any:

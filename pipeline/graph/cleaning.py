@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import onnx
 from onnx import ModelProto
 
 from pipeline.errors import ModelError
@@ -12,13 +11,14 @@ from pipeline.graph import constants, structure
 from pipeline.graph.arithmetic import FoldSizes, ShortenArithmetic, SizesToScales
 from pipeline.graph.base import Pass, PassRun, run_passes
 from pipeline.graph.batchnorm import FoldBatchNorm
-from pipeline.graph.crop import CropTransposed
+from pipeline.graph.crop import CropPads, CropTransposed
 from pipeline.graph.layout import CancelTransposes, MergeTransposes
 from pipeline.graph.names import StableNames
 from pipeline.graph.nearest import GatherToResize
 from pipeline.graph.padding import ExplicitPads, MergePads, RemoveZeroPads
 from pipeline.graph.repeat import RepeatToResize
-from pipeline.graph.shapes import set_value_info
+from pipeline.graph.shapes import problem, set_value_info
+from pipeline.graph.stacks import ReduceStacks
 from pipeline.graph.unpool import RewriteUnpool
 from pipeline.graph.upsample import CanonicalResize, NormalizeResize, RaiseLegacyResize
 
@@ -30,7 +30,7 @@ def clean_passes() -> tuple[Pass, ...]:
         constants.LowerConstants(),
         constants.RemoveIdentities(),
         constants.SimplifyCasts(),
-        constants.RemoveNoOps(),
+        constants.RemoveNoOpArithmetic(),
         constants.FoldConstants(),
         RaiseLegacyResize(),
         FoldSizes(),
@@ -44,10 +44,12 @@ def clean_passes() -> tuple[Pass, ...]:
         structure.SimplifyConcats(),
         structure.RemoveNoOps(),
         structure.FoldPixelShuffle(),
+        ReduceStacks(),
         structure.DropUnreadOutputs(),
         MergeTransposes(),
         CancelTransposes(),
         CropTransposed(),
+        CropPads(),
         ExplicitPads(),
         RemoveZeroPads(),
         MergePads(),
@@ -78,28 +80,19 @@ def clean_model(
     """
     steps = clean_passes() if passes is None else tuple(passes)
     cleaned, runs = run_passes(model, steps, stop_after=stop_after)
-    problem = _problem(cleaned)
-    if problem:
+    reason = problem(cleaned)
+    if reason:
         changes = [run.name for run in runs if run.result.modified]
-        broken = [i for i in range(len(changes) + 1) if _problem(run_passes(model, steps, stop_after=i)[0])]
+        broken = [i for i in range(len(changes) + 1) if problem(run_passes(model, steps, stop_after=i)[0])]
         guilty = f"the cleaning pass {changes[broken[0] - 1]} left" if broken and broken[0] else "the model holds"
         raise ModelError(
-            f"{guilty} a graph that ONNX's checker refuses: {problem}",
+            f"{guilty} a graph that ONNX's checker refuses: {reason}",
             expected="valid ONNX",
             fix="export the model again; where that does not help, report it",
         )
     if any(run.result.modified for run in runs):
         set_value_info(cleaned)
     return cleaned, runs
-
-
-def _problem(model: ModelProto) -> str:
-    """What ONNX's checker says against the model; empty where it is valid."""
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return str(error).strip().splitlines()[0]
-    return ""
 
 
 __all__ = ["clean_model", "clean_passes"]

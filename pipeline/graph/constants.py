@@ -11,17 +11,21 @@ from onnx import TensorProto
 
 from pipeline.errors import ModelError, UnsupportedError
 from pipeline.graph.base import (
+    BROADCAST_OPSET,
     STANDARD,
     Fired,
     Pass,
     PassResult,
     bypass,
     constant_value,
+    detach,
     input_at,
     is_output,
     is_sparse,
     is_standard,
     label,
+    made_by,
+    names_in,
     remove_detached,
     slots,
     tensor_proto_type,
@@ -36,23 +40,32 @@ NEVER_FOLDED = frozenset(
 )
 # Before this opset, Dropout is told by an attribute that it drops nothing.
 DROPOUT_INFERENCE_OPSET = 7
-# Before this opset, constants were broadcast by attributes.
-BROADCAST_OPSET = 7
 # Operators that tell -0.0 from 0.0, where their second input is computed: 1 / -0.0 is -inf.
 SIGNED_ZERO_OPS = ("Div", "Reciprocal", "Pow", "BitCast")
 # What a type holds exactly: integers by (sign, bits of magnitude), floats by (digits, largest exponent).
-T = TensorProto
-INTEGERS: dict[int, tuple[int, int]] = {T.BOOL: (0, 1), T.UINT8: (0, 8), T.UINT16: (0, 16), T.UINT32: (0, 32)}
-INTEGERS |= {T.UINT64: (0, 64), T.INT8: (1, 7), T.INT16: (1, 15), T.INT32: (1, 31), T.INT64: (1, 63)}
-FLOATING: dict[int, tuple[int, int]] = {T.FLOAT16: (11, 15), T.BFLOAT16: (8, 127), T.FLOAT: (24, 127)}
-FLOATING |= {T.DOUBLE: (53, 1023)}
+INTEGERS: dict[int, tuple[int, int]] = {
+    TensorProto.BOOL: (0, 1),
+    TensorProto.UINT8: (0, 8),
+    TensorProto.UINT16: (0, 16),
+    TensorProto.UINT32: (0, 32),
+    TensorProto.UINT64: (0, 64),
+    TensorProto.INT8: (1, 7),
+    TensorProto.INT16: (1, 15),
+    TensorProto.INT32: (1, 31),
+    TensorProto.INT64: (1, 63),
+}
+FLOATING: dict[int, tuple[int, int]] = {
+    TensorProto.FLOAT16: (11, 15),
+    TensorProto.BFLOAT16: (8, 127),
+    TensorProto.FLOAT: (24, 127),
+    TensorProto.DOUBLE: (53, 1023),
+}
 NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
-# Input slots that a convolution or a resize owns.
-OWNED = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Resize": (1, 2, 3)}
-ROLES = {
-    "Conv": ("", "weight", "bias"),
-    "ConvTranspose": ("", "weight", "bias"),
-    "Resize": ("", "roi", "scales", "sizes"),
+# Input slots that a convolution or a resize owns, with what they are called.
+OWNED = {
+    "Conv": {1: "weight", 2: "bias"},
+    "ConvTranspose": {1: "weight", 2: "bias"},
+    "Resize": {1: "roi", 2: "scales", 3: "sizes"},
 }
 
 
@@ -162,15 +175,14 @@ class SimplifyCasts(Pass):
                 node.op, node.attrs = "Cast", {"to": kind}  # its own attributes are about 8-bit floats
                 del node.inputs[1]
             source, target, name = node.inputs[0], node.attrs["to"], label(node)
-            first = source.inputs[0] if len(source.inputs) == 1 else None
-            if first is not None and is_standard(first, "Cast"):
+            first = made_by(source, "Cast")
+            if first is not None:
                 given = tensor_proto_type(first.inputs[0])
                 if _same_without(given, first.attrs["to"], target):
                     node.inputs[0] = first.inputs[0]
                     fired.append(("cast-of-cast", name))
                     if not source.outputs and not is_output(graph, source):
-                        first.inputs.clear()
-                        first.outputs.clear()
+                        detach(first)
             source = node.inputs[0]
             if tensor_proto_type(source) == target and bypass(graph, node, source, node.outputs[0]):
                 fired.append(("cast-to-same", name))
@@ -178,7 +190,7 @@ class SimplifyCasts(Pass):
         return PassResult.of(fired)
 
 
-class RemoveNoOps(Pass):
+class RemoveNoOpArithmetic(Pass):
     """1. x · 1, x / 1, x ^ 1, x - 0 and x + 0 with a constant that neither widens x nor changes its type: x.
 
     Floating point: x + 0.0 makes 0.0 of -0.0, and so does x - (-0.0). They go where no operator of the graph tells the
@@ -282,27 +294,27 @@ class OwnInitializers(Pass):
 
     def call(self, graph: gs.Graph) -> PassResult:
         fired: list[Fired] = []
-        taken = set(graph.tensors())
+        taken = names_in(graph)
         for node in graph.nodes:
-            for slot in OWNED.get(node.op, ()) if node.domain in STANDARD else ():
+            for slot in OWNED.get(node.op, {}) if node.domain in STANDARD else ():
                 tensor = input_at(node, slot)
-                if constant_value(tensor) is None or tensor is None:
+                if not isinstance(tensor, gs.Constant) or is_sparse(tensor):
                     continue
                 readers = list(slots(tensor))
                 first = readers[0][0] is node and readers[0][1] == slot
                 mine = len(readers) == 1 or (first and all(_owns(*reader) for reader in readers))
                 if mine and not is_output(graph, tensor):
                     continue
-                name = numbered(tensor.name, ROLES[node.op][slot], taken)
+                name = numbered(tensor.name, OWNED[node.op][slot], taken)
                 node.inputs[slot] = gs.Constant(name, np.array(tensor.values))
                 fired.append(("share", label(node)))
         return PassResult.of(fired)
 
     def ensures(self, graph: gs.Graph) -> None:
         for node in graph.nodes:
-            for slot in OWNED.get(node.op, ()) if node.domain in STANDARD else ():
+            for slot in OWNED.get(node.op, {}) if node.domain in STANDARD else ():
                 tensor = input_at(node, slot)
-                if tensor is not None and constant_value(tensor) is not None and len(list(slots(tensor))) > 1:
+                if isinstance(tensor, gs.Constant) and not is_sparse(tensor) and len(list(slots(tensor))) > 1:
                     raise ModelError(f"{label(node)} still shares the initializer {tensor.name}")
 
 
@@ -333,7 +345,7 @@ def numbered(name: str, role: str, taken: set[str]) -> str:
 
 
 def _owns(node: gs.Node, slot: int) -> bool:
-    return node.domain in STANDARD and slot in OWNED.get(node.op, ())
+    return node.domain in STANDARD and slot in OWNED.get(node.op, {})
 
 
 def _tells_zeros_apart(graph: gs.Graph) -> bool:
@@ -412,8 +424,7 @@ def _unwrapped(root: gs.Graph, node: gs.Node, branch: gs.Graph) -> list[gs.Node]
         if key not in others:
             tensor.name = unique(tensor.name, taken)
     results, outputs, nodes = list(node.outputs), list(branch.outputs), list(branch.nodes)
-    node.inputs.clear()
-    node.outputs.clear()
+    detach(node)
     for result, output in zip(results, outputs, strict=True):
         # RemoveIdentities takes it out where names allow.
         nodes.append(gs.Node("Identity", unique(f"{result.name}.identity", taken), inputs=[output], outputs=[result]))

@@ -18,6 +18,7 @@ from pipeline.config import PreprocessingConfig
 from pipeline.data.preprocessing import Pixels, coefficients, normalise
 from pipeline.data.synthetic import draw_cells
 from pipeline.errors import ModelError
+from pipeline.graph.cleaning import clean_model
 from pipeline.graph.io import model_inputs, model_outputs
 from pipeline.graph.shapes import all_names, set_value_info, subgraphs, unique
 from pipeline.graph.versions import with_opset
@@ -47,9 +48,9 @@ def bake(model: ModelProto, card: ModelCard | None, *, input: Input, output: Out
     3. output "probabilities": Softmax over the classes, float32 (N, classes, H, W) ``probabilities``; raises the opset
        to 13 where it is lower.
 
-    Every other node, tensor, axis and metadata entry keeps its name: the former output is a tensor inside. The card
-    stays as it is, since the tensors tell what to feed: a uint8 input takes the image itself, a float32 input takes it
-    normalised.
+    The result is clean: cleaning it again gives the same bytes. Nodes, tensors, axes and metadata entries keep their
+    names; only the former output, now a tensor inside, is called like its node. The card stays as it is, since the
+    tensors tell what to feed: a uint8 input takes the image itself, a float32 input takes it normalised.
 
     Args:
         model: a clean float32 graph with one image input and one output of logits; not changed.
@@ -71,7 +72,7 @@ def bake(model: ModelProto, card: ModelCard | None, *, input: Input, output: Out
     if output != "logits":
         _decide(result, output)
     set_value_info(result)
-    return result
+    return clean_model(result)[0]
 
 
 def output_kind(spec: TensorSpec) -> Output:

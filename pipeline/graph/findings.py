@@ -12,12 +12,12 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from pipeline.graph.base import STANDARD
 from pipeline.graph.io import opset
 from pipeline.graph.resampling import CROP, DEFAULTS
 from pipeline.graph.shapes import element_type, infer, subgraphs
 from pipeline.graph.versions import has_legacy_resize
 
-STANDARD = ("", "ai.onnx")
 COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "tf_half_pixel_for_nn")
 # Resize changes these last axes alone.
 LAST_AXES = {"linear": 3, "cubic": 2}

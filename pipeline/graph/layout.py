@@ -11,23 +11,25 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 from onnx.helper import tensor_dtype_to_np_dtype
 
-from pipeline.graph.axes import Edits, Move, Order, inverse, move_for, same_sizes
+from pipeline.graph.axes import Edits, Move, Order, inverse, move_for
 from pipeline.graph.base import (
     Fired,
     Pass,
     PassResult,
     bypass,
+    detach,
     is_output,
     is_standard,
     label,
+    made_by,
+    names_in,
     remove_detached,
     slots,
     tensor_proto_type,
 )
 from pipeline.graph.mincut import MinimumCut
-from pipeline.graph.shapes import unique
+from pipeline.graph.shapes import same_sizes, unique
 from pipeline.graph.sizes import infer_shapes
-from pipeline.graph.structure import made_by
 
 # Engines transpose these; TensorRT-RTX's parser refuses uint8, and no engine is fast at bool.
 TRANSPOSABLE = (
@@ -76,8 +78,7 @@ class MergeTransposes(Pass):
                     fired.append(("cancel", name))
                 if inner.outputs and not inner.outputs[0].outputs and not is_output(graph, inner.outputs[0]):
                     fired.append(("unread", label(inner)))
-                    inner.inputs.clear()
-                    inner.outputs.clear()
+                    detach(inner)
             elif order == tuple(sorted(order)) and bypass(graph, node, node.inputs[0], node.outputs[0]):
                 fired.append(("identity", name))
         remove_detached(graph)
@@ -355,12 +356,10 @@ class _Region:
     # The rewriting.
 
     def _rewrite(self, values: list[_Value], chosen: dict[str | int, int]) -> list[Fired]:
-        edits = Edits(_names(self.graph))
+        edits = Edits(names_in(self.graph))
         front: list[gs.Node] = []
         names = {id(node): label(node) for node in self.links}
-        for node in self.links:
-            node.inputs.clear()
-            node.outputs.clear()
+        detach(*self.links)
         fired: list[Fired] = []
         for key, (node, move, world) in self.moves.items():
             if chosen[key] != world:
@@ -428,9 +427,3 @@ def _moves_nothing(shape: list[Any], order: Order) -> bool:
 def _item_bytes(tensor: gs.Tensor) -> int:
     kind = tensor_proto_type(tensor)
     return int(tensor_dtype_to_np_dtype(kind).itemsize) if kind else 1
-
-
-def _names(graph: gs.Graph) -> set[str]:
-    """Every node and tensor name of the graph and its subgraphs."""
-    parts = (graph, *graph.subgraphs(recursive=True))
-    return {name for part in parts for name in (*part.tensors(), *(node.name for node in part.nodes))}

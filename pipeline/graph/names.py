@@ -29,6 +29,8 @@ class StableNames(Pass):
     4. Initializers are called ``<first reader>.<role>``: weight and bias for convolutions, otherwise the operator's
        own name for that input.
     5. Where a name is taken, ``_1``, ``_2``, … in topological order makes it unique.
+    6. The metadata keep the first name of every node result that is renamed (``promises.read_raw_names``): older
+       calibration caches speak in these.
 
     Not: graph inputs and outputs, sparse initializers, anything inside subgraphs and functions.
     """
@@ -42,13 +44,19 @@ class StableNames(Pass):
         outer = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
         names = self._nodes(graph, taken)
         fired = [("node", names[id(node)]) for node in graph.nodes if node.name != names[id(node)]]
+        first: dict[str, str] = {}
         for node in graph.nodes:
             node.name = names[id(node)]
             for position, tensor in enumerate(node.outputs):
                 if tensor.is_empty() or id(tensor) in outer:
                     continue
                 wanted = node.name if position == 0 else unique(f"{node.name}.output{position}", taken)
+                old = tensor.name
                 fired += _rename(tensor, wanted)
+                raw = graph.raw_names.get(old, old)
+                if raw != wanted and (old in graph.raw_names or old in graph.imported_names):
+                    first[wanted] = raw
+        graph.raw_names = first
         return PassResult.of(fired + self._initializers(graph, taken, outer))
 
     def _nodes(self, graph: gs.Graph, taken: set[str]) -> dict[int, str]:

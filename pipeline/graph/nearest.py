@@ -9,29 +9,31 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from pipeline.graph.base import (
     Fired,
     Pass,
     PassResult,
     constant_value,
+    detach,
     input_at,
-    is_output,
     is_standard,
     label,
+    made_by,
+    names_in,
+    only_reader,
     remove_detached,
-    slots,
 )
 from pipeline.graph.resampling import exact_scale, index_map
 from pipeline.graph.shapes import unique
 from pipeline.graph.symbolic import Symbolic
 from pipeline.graph.symbols import LARGEST, expr, floor
 from pipeline.graph.symbols import ratio as ratio_of
-from pipeline.graph.versions import LEGACY_OPSET
+from pipeline.graph.versions import OPTIONAL_OPSET
 
 # Tried in this order. The second picks floor((i + 1/2) / scale), the definition of nearest-exact.
 FORMS = (("asymmetric", "floor"), ("half_pixel", "round_prefer_ceil"), ("half_pixel", "round_prefer_floor"))
-INT64 = 7
 
 
 class GatherToResize(Pass):
@@ -50,7 +52,7 @@ class GatherToResize(Pass):
     name = "gather-to-resize"
 
     def call(self, graph: gs.Graph) -> PassResult:
-        gathers = [node for node in graph.nodes if is_standard(node, "GatherND") and graph.opset >= LEGACY_OPSET]
+        gathers = [node for node in graph.nodes if is_standard(node, "GatherND") and graph.opset >= OPTIONAL_OPSET]
         if not gathers:
             return PassResult(False)
         known = Symbolic(graph)
@@ -64,7 +66,7 @@ class GatherToResize(Pass):
 
     @staticmethod
     def _rewrite(graph: gs.Graph, node: gs.Node, known: Symbolic) -> bool:
-        first, last = _producer(node.inputs[0], "Transpose"), _only_reader(graph, node.outputs[0], "Transpose")
+        first, last = made_by(node.inputs[0], "Transpose"), only_reader(graph, node.outputs[0], "Transpose")
         if first is None or last is None or node.attrs.get("batch_dims", 0) != 0:
             return False
         data, rank = first.inputs[0], len(first.attrs.get("perm", ()))
@@ -86,29 +88,14 @@ class GatherToResize(Pass):
             return False
         scales, form = found
         result = last.outputs[0]
-        weight = gs.Constant(
-            unique(f"{result.name}.scales", set(graph.tensors())), np.array([1, 1, *scales], np.float32)
-        )
+        weight = gs.Constant(unique(f"{result.name}.scales", names_in(graph)), np.array([1, 1, *scales], np.float32))
         node.inputs = [data, gs.Variable.empty(), weight]
         node.op, node.domain = "Resize", None
         node.attrs.clear()
         node.attrs |= {"mode": "nearest", "coordinate_transformation_mode": form[0], "nearest_mode": form[1]}
-        last.inputs.clear()
-        last.outputs.clear()
+        detach(last)
         node.outputs = [result]
         return True
-
-
-def _producer(tensor: gs.Tensor, *ops: str) -> gs.Node | None:
-    node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-    return node if node is not None and is_standard(node, *ops) else None
-
-
-def _only_reader(graph: gs.Graph, tensor: gs.Tensor, op: str) -> gs.Node | None:
-    readers = list(slots(tensor))
-    if len(readers) != 1 or is_output(graph, tensor) or not is_standard(readers[0][0], op):
-        return None
-    return readers[0][0]
 
 
 def _constant(
@@ -143,20 +130,20 @@ def _computed(
     indices: gs.Tensor, sizes: Sequence[Any], known: Symbolic, opset: int
 ) -> tuple[list[np.float32], tuple[str, str]] | None:
     """Scales and form for ``Concat(Unsqueeze(Expand(rows)), Unsqueeze(Expand(columns)))`` over two dynamic axes."""
-    concat = _producer(indices, "Concat")
+    concat = made_by(indices, "Concat")
     if concat is None or len(sizes) != 2 or len(concat.inputs) != 2 or concat.attrs["axis"] not in (-1, 2):
         return None
     parts = [_expanded(part) for part in concat.inputs]
     if any(part is None for part in parts):
         return None
     (rows, row_target), (columns, column_target) = parts  # type: ignore[misc]
-    rows_node = _producer(rows, "Unsqueeze")
+    rows_node = made_by(rows, "Unsqueeze")
     if rows_node is None or constant_value(input_at(rows_node, 1)) is None or row_target is not column_target:
         return None
     if constant_value(rows_node.inputs[1]).tolist() not in ([-1], [1]):
         return None
-    shape = _producer(row_target, "Shape")
-    grid = _producer(shape.inputs[0], "Max") if shape is not None else None
+    shape = made_by(row_target, "Shape")
+    grid = made_by(shape.inputs[0], "Max") if shape is not None else None
     if shape is None or grid is None or shape.attrs.get("start", 0) != 0 or "end" in shape.attrs:
         return None
     if {id(tensor) for tensor in grid.inputs} != {id(rows), id(columns)}:
@@ -184,9 +171,9 @@ def _computed(
 
 def _expanded(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor] | None:
     """Indices and target shape of ``Unsqueeze(Expand(indices, shape), -1)``."""
-    node = _producer(tensor, "Unsqueeze")
+    node = made_by(tensor, "Unsqueeze")
     axes = constant_value(input_at(node, 1)) if node is not None else None
-    expand = _producer(node.inputs[0], "Expand") if node is not None else None
+    expand = made_by(node.inputs[0], "Expand") if node is not None else None
     if expand is None or axes is None or axes.tolist() not in ([-1], [2]):
         return None
     return expand.inputs[0], expand.inputs[1]
@@ -194,16 +181,16 @@ def _expanded(tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor] | None:
 
 def _ratio(indices: gs.Tensor, known: Symbolic) -> tuple[Any, Fraction] | None:
     """Length and r of ``Cast((Range(0, length, 1) + 0.5) · r)`` to int64, in float32."""
-    cast = _producer(indices, "Cast")
-    product = _producer(cast.inputs[0], "Mul") if cast is not None else None
-    if cast is None or product is None or cast.attrs["to"] != INT64:
+    cast = made_by(indices, "Cast")
+    product = made_by(cast.inputs[0], "Mul") if cast is not None else None
+    if cast is None or product is None or cast.attrs["to"] != TensorProto.INT64:
         return None
     for places, factor in (product.inputs, reversed(product.inputs)):
-        added, ratio = _producer(places, "Add"), _number(factor, known)
+        added, ratio = made_by(places, "Add"), _number(factor, known)
         if added is None or ratio is None or ratio <= 0:
             continue
         for ramp, half in (added.inputs, reversed(added.inputs)):
-            steps, offset = _producer(ramp, "Range"), constant_value(half)
+            steps, offset = made_by(ramp, "Range"), constant_value(half)
             if steps is None or offset is None or offset.size != 1 or offset.dtype != np.float32 or offset != 0.5:
                 continue
             start, end, step = (known.value(tensor) for tensor in steps.inputs)
@@ -216,7 +203,7 @@ def _ratio(indices: gs.Tensor, known: Symbolic) -> tuple[Any, Fraction] | None:
 
 def _number(tensor: gs.Tensor, known: Symbolic) -> Fraction | None:
     """The number that a float scalar is for all sizes, rounded once: a constant, or the quotient of two sizes."""
-    node, value = _producer(tensor, "Div"), known.value(tensor)
+    node, value = made_by(tensor, "Div"), known.value(tensor)
     if node is not None:
         top, bottom = (known.value(part) for part in node.inputs)
         if top is None or bottom is None or top.size != 1 or bottom.size != 1:

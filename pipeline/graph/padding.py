@@ -14,10 +14,15 @@ from pipeline.graph.base import (
     PassResult,
     bypass,
     constant_value,
+    detach,
     input_at,
     is_output,
     is_standard,
     label,
+    made_by,
+    made_for_one,
+    names_in,
+    put_input,
     remove_detached,
     slots,
 )
@@ -136,7 +141,7 @@ class MergePads(Pass):
         pads = [node for node in graph.nodes if is_standard(node, "Pad")]
         if any(input_at(node, 3) is not None and node.inputs[0].shape is None for node in pads):
             infer_shapes(graph)
-        taken = set(graph.tensors()) if pads else set()
+        taken = names_in(graph) if pads else set()
         fired: list[Fired] = []
         for node in pads:
             value, spans = pad_value(node), _growing(pad_spans(node))
@@ -158,32 +163,21 @@ class MergePads(Pass):
                 fired.append(("pad-into", label(reader)))
                 moved = True
             if moved and not result.outputs and not is_output(graph, result):
-                node.inputs.clear()
-                node.outputs.clear()
+                detach(node)
         remove_detached(graph)
         return PassResult.of(fired)
 
     @staticmethod
     def _merge(graph: gs.Graph, node: gs.Node, value: Any, spans: Spans, taken: set[str]) -> Spans | None:
         """Widths of this Pad and the one before it together, which is taken out; None where there is none such."""
-        source = node.inputs[0]
-        first = source.inputs[0] if len(source.inputs) == 1 else None
-        if first is None or not is_standard(first, "Pad") or is_output(graph, source) or len(list(slots(source))) != 1:
-            return None
-        inner = _growing(pad_spans(first, len(spans)))
-        if inner is None or pad_value(first) != value:
+        first = made_for_one(graph, node.inputs[0], "Pad")
+        inner = _growing(pad_spans(first, len(spans))) if first is not None else None
+        if first is None or inner is None or pad_value(first) != value:
             return None
         both = [(a + c, b + d) for (a, b), (c, d) in zip(inner, spans, strict=True)]
-        widths = [begin for begin, _ in both] + [end for _, end in both]
-        if graph.opset < PAD_INPUTS_OPSET:
-            node.attrs["pads"] = widths
-        else:
-            if len(node.inputs) > 3:  # axes
-                del node.inputs[3]
-            node.inputs[1] = gs.Constant(unique(f"{node.outputs[0].name}.pads", taken), np.array(widths, np.int64))
+        set_pad_spans(graph, node, both, taken)
         node.inputs[0] = first.inputs[0]
-        first.inputs.clear()
-        first.outputs.clear()
+        detach(first)
         return both
 
     @staticmethod
@@ -206,8 +200,7 @@ class MergePads(Pass):
         if reader.op == "AveragePool":
             uncounted = any(own) and not attrs.get("count_include_pad", 0)
             return pads if value == 0 and not uncounted and graph.opset >= COUNT_PADDING_OPSET else None
-        rectified = len(source.inputs) == 1 and is_standard(source.inputs[0], "Relu")
-        fits = value == -np.inf or (rectified and value <= 0)
+        fits = value == -np.inf or (value <= 0 and made_by(source, "Relu") is not None)
         return pads if fits and not any(not t.is_empty() for t in reader.outputs[1:]) else None
 
 
@@ -243,20 +236,23 @@ def pad_value(node: gs.Node) -> Any:
     return value.item() if value is not None else None
 
 
+def set_pad_spans(graph: gs.Graph, node: gs.Node, spans: Spans, taken: set[str]) -> None:
+    """Let a Pad add these widths, one pair for every axis."""
+    widths = [begin for begin, _ in spans] + [end for _, end in spans]
+    if graph.opset < PAD_INPUTS_OPSET:
+        node.attrs["pads"] = widths
+        return
+    if len(node.inputs) > 3:  # axes
+        del node.inputs[3]
+    node.inputs[1] = gs.Constant(unique(f"{node.outputs[0].name}.pads", taken), np.array(widths, np.int64))
+
+
 def set_pad_value(graph: gs.Graph, node: gs.Node, value: NDArray[Any], taken: set[str]) -> None:
     """Let a Pad of mode constant pad with another value (rank 0, of the type of its data)."""
     if graph.opset < PAD_INPUTS_OPSET:
         node.attrs["value"] = float(value)
         return
     put_input(node, 2, gs.Constant(unique(f"{node.outputs[0].name}.value", taken), value))
-
-
-def put_input(node: gs.Node, slot: int, tensor: gs.Tensor) -> None:
-    """Set an input that the node has already, or its next one."""
-    if slot < len(node.inputs):
-        node.inputs[slot] = tensor
-    else:
-        node.inputs.append(tensor)
 
 
 def _growing(spans: Spans | None) -> Spans | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,44 +10,39 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from pipeline.calibration.table import CalibrationTable
-from pipeline.errors import CalibrationError, ConfigError, ModelError
+from pipeline.calibration.table import CalibrationTable, check_table
+from pipeline.config import Placement
+from pipeline.errors import CalibrationError, ModelError
 from pipeline.graph.half import to_half
-from pipeline.graph.shapes import all_names, element_type, infer, listed, set_value_info, unique
+from pipeline.graph.placement import (
+    CHANNEL_AXES,
+    Site,
+    activation_tensors,
+    is_convolution,
+    is_site,
+    shared_ranges,
+    sites,
+)
+from pipeline.graph.shapes import all_names, set_value_info, unique
 from pipeline.graph.versions import with_opset
 
-# Axis of the output channels in the weight.
-CHANNEL_AXES = {"Conv": 0, "ConvTranspose": 1}
 # First opsets with a channel axis, and with FP16 scales.
 PER_CHANNEL_OPSET, HALF_SCALE_OPSET = 13, 19
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
-def quantizable_tensors(model: ModelProto, exclude: Sequence[str] = ()) -> tuple[str, ...]:
-    """Tensors whose amax ``quantize`` needs, in topological order: the data inputs of convolutions.
-
-    Raises:
-        ConfigError: a pattern of ``exclude`` matches no convolution.
-    """
-    return tuple(dict.fromkeys(node.input[0] for node in _quantizable(model, exclude)))
-
-
-def activation_tensors(model: ModelProto) -> tuple[str, ...]:
-    """Every float tensor that a complete TensorRT cache lists: inputs, then node outputs in topological order."""
-    types = {name: element_type(value) for name, value in infer(model).items()}
-    fixed = {tensor.name for tensor in model.graph.initializer}
-    constants = {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
-    names = [value.name for value in model.graph.input if value.name not in fixed]
-    names += [name for node in model.graph.node for name in node.output if name and name not in constants]
-    return tuple(name for name in names if types.get(name) in FLOATS)
-
-
-def quantize(model: ModelProto, table: CalibrationTable, *, half: bool, exclude: Sequence[str] = ()) -> ModelProto:
+def quantize(
+    model: ModelProto,
+    table: CalibrationTable,
+    *,
+    half: bool,
+    exclude: Sequence[str] = (),
+    qdq: Placement = "convolutions",
+) -> ModelProto:
     """The graph with explicit INT8 convolutions.
 
-    1. The data input of every Conv and ConvTranspose goes through one QuantizeLinear/DequantizeLinear pair: per tensor,
-       symmetric, scale = amax / 127, zero point int8 0. Convolutions that read the same tensor share the pair; other
-       readers keep the float tensor, so no pair ever stands between a convolution and its activation.
+    1. The inputs that ``placement.sites`` names go through one QuantizeLinear/DequantizeLinear pair a tensor: per
+       tensor, symmetric, scale = amax / 127, zero point int8 0. Other readers keep the float tensor, so no pair ever
+       stands between a convolution and its activation. With ``qdq`` shared, the ranges are those of ``shared_ranges``.
     2. Its weight goes through a pair of its own: symmetric per output channel (axis 0; ConvTranspose: axis 1), scale =
        amax of the channel / 127. The weight stays a float initializer before QuantizeLinear, the form that every
        TensorRT parser since 8.0 reads; the engine holds int8.
@@ -64,24 +57,24 @@ def quantize(model: ModelProto, table: CalibrationTable, *, half: bool, exclude:
         half: start from the typed FP16 graph with FP16 scales (raises the opset to 19) instead of the float32 graph
             with float32 scales (opset 13 at least).
         exclude: ``fnmatch`` patterns of node names.
+        qdq: ``convolutions``: each of them alone; ``shared``: pools, resizes, pads and concatenations too.
 
     Raises:
         CalibrationError: the table lacks tensors (named), belongs to another graph, or holds a range beyond FP16's.
         ConfigError: a pattern of ``exclude`` matches no convolution.
         ModelError: nothing to quantize, weights beyond FP16, an opset that cannot be raised.
     """
-    chosen = _quantizable(model, exclude)
-    if not chosen and not exclude:
+    # Nodes are found again by their place among the sites: to_half and with_opset keep their number and order.
+    places = sites(model, exclude, qdq)
+    if not any(places) and not exclude:
         raise ModelError("the graph has no Conv or ConvTranspose with constant weights", fix="build another precision")
-    _check_table(model, table, list(dict.fromkeys(node.input[0] for node in chosen)))
-    # Convolutions are found again by position: to_half and with_opset keep their number and order.
-    picked = {node.output[0] for node in chosen}
-    marks = [node.output[0] in picked for node in _convolutions(model)]
-    tensors = [node.input[0] for node in _convolutions(model)]
+    check_table(table, dict.fromkeys(tensor for site in places for tensor in site.values()), activation_tensors(model))
+    if qdq == "shared":
+        table = shared_ranges(model, table, exclude)
     result = with_opset(model, HALF_SCALE_OPSET if half else PER_CHANNEL_OPSET)
     if half:
         result = to_half(result)
-    _Quantizer(result, np.dtype(np.float16 if half else np.float32), table).run(marks, tensors)
+    _Quantizer(result, np.dtype(np.float16 if half else np.float32), table).run(places)
     set_value_info(result)
     try:
         onnx.checker.check_model(result, full_check=True)
@@ -104,15 +97,15 @@ class _Quantizer:
         self.nodes: list[NodeProto] = []
         self.pairs: dict[str, str] = {}
 
-    def run(self, marks: Sequence[bool], tensors: Sequence[str]) -> None:
-        todo = iter(zip(marks, tensors, strict=True))
+    def run(self, places: Sequence[Site]) -> None:
+        todo = iter(places)
         for node in self.model.graph.node:
-            if _is_convolution(node):
-                marked, tensor = next(todo)
-                if marked:
-                    node.input[0] = self._activation(node.input[0], tensor)
-                    _name_kernel(node, self.weights[node.input[1]])
-                    node.input[1] = self._weight(node)
+            site = next(todo) if is_site(node) else {}
+            for slot, tensor in site.items():
+                node.input[slot] = self._activation(node.input[slot], tensor)
+            if site and is_convolution(node):
+                _name_kernel(node, self.weights[node.input[1]])
+                node.input[1] = self._weight(node)
             self.nodes.append(node)
         kept = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
         del self.model.graph.node[:]
@@ -175,47 +168,3 @@ class _Quantizer:
 def _name_kernel(node: NodeProto, weight: TensorProto) -> None:
     if not any(attribute.name == "kernel_shape" for attribute in node.attribute):
         node.attribute.append(onnx.helper.make_attribute("kernel_shape", list(weight.dims[2:])))
-
-
-def _is_convolution(node: NodeProto) -> bool:
-    return node.op_type in CHANNEL_AXES and node.domain in ("", "ai.onnx")
-
-
-def _convolutions(model: ModelProto) -> list[NodeProto]:
-    return [node for node in model.graph.node if _is_convolution(node)]
-
-
-def _quantizable(model: ModelProto, exclude: Sequence[str]) -> list[NodeProto]:
-    constants = {tensor.name for tensor in model.graph.initializer if tensor.data_type in FLOATS}
-    nodes = [n for n in _convolutions(model) if n.input[1] in constants and n.input[0] not in constants]
-    for pattern in exclude:
-        if not any(fnmatchcase(node.name, pattern) for node in nodes):
-            close = difflib.get_close_matches(pattern, [node.name for node in nodes], n=3, cutoff=0.4)
-            raise ConfigError(
-                f"engine.exclude names {pattern!r}, which matches no convolution of the graph",
-                expected=f"names such as {', '.join(close) or listed([node.name for node in nodes], 3)}",
-                fix="correct the pattern; `unet-trt inspect` lists the nodes of a clean graph",
-            )
-    return [node for node in nodes if not any(fnmatchcase(node.name, pattern) for pattern in exclude)]
-
-
-def _check_table(model: ModelProto, table: CalibrationTable, wanted: Iterable[str]) -> None:
-    missing = [tensor for tensor in wanted if tensor not in table.amax]
-    if not missing:
-        return
-    known = set(activation_tensors(model))
-    unknown = [tensor for tensor in table.amax if tensor not in known]
-    if len(unknown) * 2 >= len(table.amax):
-        raise CalibrationError(
-            "the calibration table belongs to another graph",
-            expected=f"ranges of {listed(missing, 3)}",
-            got=f"{len(table.amax)} ranges, {len(unknown)} of them of tensors that this graph does not have"
-            + (f": {listed(unknown, 3)}" if unknown else ""),
-            fix="calibrate this graph (`unet-trt calibrate`), or clean the graph that was calibrated",
-        )
-    raise CalibrationError(
-        f"the calibration table lacks {len(missing)} of the tensors to quantize",
-        expected="a range for every tensor that a convolution reads",
-        got=f"none for {listed(missing, 10)}",
-        fix="calibrate again, or name their readers in engine.exclude",
-    )

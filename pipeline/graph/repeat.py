@@ -11,19 +11,20 @@ from pipeline.graph.base import (
     Pass,
     PassResult,
     constant_value,
+    detach,
     input_at,
-    is_output,
     is_standard,
     label,
+    made_for_one,
+    names_in,
+    place_of,
     remove_detached,
-    slots,
 )
 from pipeline.graph.shapes import unique
 from pipeline.graph.symbolic import Symbolic
 from pipeline.graph.symbols import expr
+from pipeline.graph.versions import OPTIONAL_OPSET, RESIZE_OPSET
 
-RESIZE_OPSET = 11
-OPTIONAL_OPSET = 13
 NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 
 
@@ -43,7 +44,7 @@ class RepeatToResize(Pass):
             return PassResult(False)
         fired: list[Fired] = []
         if any(is_standard(node, "Tile", "Expand") for node in graph.nodes):
-            known, taken = Symbolic(graph), set(graph.tensors()) | {node.name for node in graph.nodes}
+            known, taken = Symbolic(graph), names_in(graph)
             for node in list(graph.nodes):
                 if is_standard(node, "Reshape") and _repeat(graph, known, node, taken):
                     fired.append(("repeat", label(node)))
@@ -54,17 +55,10 @@ class RepeatToResize(Pass):
         return PassResult.of(fired)
 
 
-def _producer(graph: gs.Graph, tensor: gs.Tensor | None, *ops: str) -> gs.Node | None:
-    """The one of these operators that makes the tensor for its single reader alone."""
-    if tensor is None or len(tensor.inputs) != 1 or is_output(graph, tensor) or len(list(slots(tensor))) != 1:
-        return None
-    return tensor.inputs[0] if is_standard(tensor.inputs[0], *ops) else None
-
-
 def _repeat(graph: gs.Graph, known: Symbolic, node: gs.Node, taken: set[str]) -> bool:
-    transpose = _producer(graph, input_at(node, 0), "Transpose")
-    copies = _producer(graph, input_at(transpose or node, 0), "Tile", "Expand")
-    unsqueeze = _producer(graph, input_at(copies, 0), "Unsqueeze") if copies is not None else None
+    transpose = made_for_one(graph, input_at(node, 0), "Transpose")
+    copies = made_for_one(graph, input_at(transpose or node, 0), "Tile", "Expand")
+    unsqueeze = made_for_one(graph, input_at(copies, 0), "Unsqueeze") if copies is not None else None
     if copies is None or unsqueeze is None:
         return False
     source, wide = known.shape(unsqueeze.inputs[0]), known.shape(copies.inputs[0])
@@ -87,13 +81,10 @@ def _repeat(graph: gs.Graph, known: Symbolic, node: gs.Node, taken: set[str]) ->
     scales = np.ones(len(source), np.float32)
     scales[grown] = times
     resize = _resize(graph, unsqueeze.inputs[0], scales, taken)
-    position = next(i for i, other in enumerate(graph.nodes) if other is node)
+    position = place_of(graph, node)
     graph.nodes.insert(position, resize)
     final = node.outputs[0]
-    for old in (node, transpose, copies, unsqueeze):
-        if old is not None:
-            old.inputs.clear()
-            old.outputs.clear()
+    detach(*(old for old in (node, transpose, copies, unsqueeze) if old is not None))
     if kept == sorted(kept):
         resize.outputs = [final]
         return True
@@ -137,12 +128,11 @@ def _is_whole_nearest(node: gs.Node) -> bool:
 
 
 def _joined(graph: gs.Graph, node: gs.Node) -> bool:
-    first = _producer(graph, input_at(node, 0), "Resize")
+    first = made_for_one(graph, input_at(node, 0), "Resize")
     if first is None or not _is_whole_nearest(first):
         return False
     scales = gs.Constant(node.inputs[2].name, first.inputs[2].values * node.inputs[2].values)
     node.inputs[2] = scales
     node.inputs[0] = first.inputs[0]
-    first.inputs.clear()
-    first.outputs.clear()
+    detach(first)
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto
@@ -78,6 +78,12 @@ def dims(value: ValueInfoProto | None) -> Dims | None:
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
         for dim in value.type.tensor_type.shape.dim
     )
+
+
+def same_sizes(given: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether two shapes with equally many elements are equal: each size is known to be, but for one at most."""
+    unequal = [a for a, b in zip(given, wanted, strict=False) if a in (None, "") or a != b]
+    return len(given) == len(wanted) and len(unequal) <= 1
 
 
 def unique(name: str, taken: set[str]) -> str:

@@ -9,22 +9,27 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from pipeline.graph.axes import array_of, same_sizes
 from pipeline.graph.base import (
     STANDARD,
     Fired,
     Pass,
     PassResult,
+    array_of,
     bypass,
+    detach,
     input_at,
     is_output,
     is_sparse,
     is_standard,
     label,
+    made_by,
+    made_for_one,
+    names_in,
+    only_reader,
     remove_detached,
     slots,
 )
-from pipeline.graph.shapes import unique
+from pipeline.graph.shapes import same_sizes, unique
 from pipeline.graph.sizes import infer_shapes
 from pipeline.graph.symbolic import Symbolic
 
@@ -86,8 +91,7 @@ class MergeDuplicates(Pass):
         pairs = list(zip(kept.outputs, node.outputs, strict=True))
         if any(is_output(graph, one) and is_output(graph, other) for one, other in pairs):
             return False
-        node.inputs.clear()
-        node.outputs.clear()
+        detach(node)
         for position, (one, other) in enumerate(pairs):
             if other.is_empty():
                 continue
@@ -133,12 +137,10 @@ class SimplifyConcats(Pass):
         """Rule 2."""
         inputs: list[gs.Tensor] = []
         for tensor in node.inputs:
-            inner = made_by(tensor)
-            mine = inner is not None and is_standard(inner, "Concat") and not is_output(graph, tensor)
-            if mine and inner is not None and _axis(inner) == _axis(node) and len(list(slots(tensor))) == 1:
+            inner = made_for_one(graph, tensor, "Concat")
+            if inner is not None and _axis(inner) == _axis(node):
                 inputs += list(inner.inputs)
-                inner.inputs.clear()
-                inner.outputs.clear()
+                detach(inner)
             else:
                 inputs.append(tensor)
         if len(inputs) == len(node.inputs):
@@ -163,8 +165,8 @@ class SimplifyConcats(Pass):
     @staticmethod
     def _take_part(graph: gs.Graph, node: gs.Node) -> list[Fired]:
         """Rule 4."""
-        concat = made_by(node.inputs[0])
-        if concat is None or not is_standard(concat, "Concat"):
+        concat = made_by(node.inputs[0], "Concat")
+        if concat is None:
             return []
         spans, bounds = _spans(concat), _parts(node, _axis(concat))
         if spans is None or bounds is None or len(bounds) != len(node.outputs):
@@ -173,8 +175,7 @@ class SimplifyConcats(Pass):
         if any(span not in found for span in bounds) or any(is_output(graph, tensor) for tensor in node.outputs):
             return []
         name, results = label(node), list(node.outputs)
-        node.inputs.clear()
-        node.outputs.clear()
+        detach(node)
         for result, span in zip(results, bounds, strict=True):
             for reader, slot in list(slots(result)):
                 reader.inputs[slot] = found[span]
@@ -228,17 +229,17 @@ class RemoveNoOps(Pass):
                 return found
             if (given is not None and wanted is not None and same_sizes(given, wanted)) or _undoes(node, reshape):
                 found = tensor
-            above = made_by(tensor)
-            if above is None or not is_standard(above, *RESHAPES):
+            above = made_by(tensor, *RESHAPES)
+            if above is None:
                 return found
             tensor, reshape = above.inputs[0], above
 
     @staticmethod
     def _skip(node: gs.Node, known: Symbolic) -> bool:
         """Rule 2."""
-        inner = made_by(node.inputs[0])
+        inner = made_by(node.inputs[0], *RESHAPES)
         target = array_of(input_at(node, 1))
-        if not is_standard(node, "Reshape") or inner is None or not is_standard(inner, *RESHAPES) or target is None:
+        if not is_standard(node, "Reshape") or inner is None or target is None:
             return False
         if isinstance(inner.inputs[0], gs.Constant):
             return False
@@ -283,7 +284,7 @@ class SumRepeatedInputs(Pass):
         if not concats:
             return PassResult(False)
         infer_shapes(graph)
-        taken = set(graph.tensors())
+        taken = names_in(graph)
         return PassResult.of([("repeated", label(node)) for node in concats if self._sum(graph, node, taken)])
 
     @staticmethod
@@ -338,9 +339,7 @@ class FoldPixelShuffle(Pass):
                 split, transpose, last = row
                 _set_inputs(last, [split.inputs[0]])
                 last.op, last.attrs = found
-                for old in (split, transpose):
-                    old.inputs.clear()
-                    old.outputs.clear()
+                detach(split, transpose)
         remove_detached(graph)
         return PassResult.of(fired)
 
@@ -495,8 +494,8 @@ def _takes_all(node: gs.Node, known: Symbolic) -> bool:
 
 def _joined(tensors: Sequence[gs.Tensor], axis: int) -> tuple[int, gs.Tensor]:
     """How many of the first tensors together are one whole tensor, and which."""
-    maker = made_by(tensors[0])
-    if maker is None or not is_standard(maker, "Slice", "Split") or isinstance(maker.inputs[0], gs.Constant):
+    maker = made_by(tensors[0], "Slice", "Split")
+    if maker is None or isinstance(maker.inputs[0], gs.Constant):
         return 1, tensors[0]
     source = maker.inputs[0]
     size, reached = _size(source, axis), 0
@@ -508,9 +507,8 @@ def _joined(tensors: Sequence[gs.Tensor], axis: int) -> tuple[int, gs.Tensor]:
         complete = len(tensors) >= count and all(a is b for a, b in zip(maker.outputs, tensors, strict=False))
         return (count, source) if complete and same_axis else (1, tensors[0])
     for count, tensor in enumerate(tensors, 1):
-        node = made_by(tensor)
-        fits = node is not None and is_standard(node, "Slice") and node.inputs[0] is source
-        parts = _parts(node, axis) if fits and node is not None else None
+        node = made_by(tensor, "Slice")
+        parts = _parts(node, axis) if node is not None and node.inputs[0] is source else None
         if size is None or parts is None or parts[0][0] != reached:
             break
         reached = parts[0][1]
@@ -544,8 +542,7 @@ def _drop_unread(graph: gs.Graph, ops: Sequence[str]) -> list[Fired]:
         unread = is_standard(node, *ops) and node.outputs and not node.outputs[0].outputs
         if unread and not is_output(graph, node.outputs[0]):
             fired.append(("unread", label(node)))
-            node.inputs.clear()
-            node.outputs.clear()
+            detach(node)
     return fired
 
 
@@ -579,16 +576,10 @@ def _row(graph: gs.Graph, node: gs.Node) -> tuple[gs.Node, gs.Node, gs.Node] | N
     """Reshape, Transpose, Reshape around a Transpose of six axes, read by nobody else."""
     if not is_standard(node, "Transpose") or len(node.attrs.get("perm", ())) != 6 or not node.inputs:
         return None
-    before, readers = made_by(node.inputs[0]), list(slots(node.outputs[0]))
-    if before is None or len(readers) != 1 or len(list(slots(node.inputs[0]))) != 1:
+    before, after = made_for_one(graph, node.inputs[0], "Reshape"), only_reader(graph, node.outputs[0], "Reshape")
+    if before is None or after is None or not any(other is after for other in graph.nodes):
         return None
-    after, slot = readers[0]
-    if not is_standard(before, "Reshape") or not is_standard(after, "Reshape") or slot != 0:
-        return None
-    inner = (node.inputs[0], node.outputs[0])
-    if any(is_output(graph, tensor) for tensor in inner) or not any(other is after for other in graph.nodes):
-        return None
-    return before, node, after
+    return (before, node, after) if after.inputs[0] is node.outputs[0] else None
 
 
 def _pixel_shuffle(
@@ -623,11 +614,6 @@ def _pixel_shuffle(
     joined = [parts[0], depth, parts[2] * block, parts[4] * block]
     target = [whole[0], depth * block * block, parts[2], parts[4]]
     return ("SpaceToDepth", {"blocksize": block}) if same_sizes(joined, whole) and same_sizes(target, result) else None
-
-
-def made_by(tensor: gs.Tensor) -> gs.Node | None:
-    """The node that makes a tensor; None for graph inputs and initializers."""
-    return tensor.inputs[0] if len(tensor.inputs) == 1 else None
 
 
 def _set_inputs(node: gs.Node, inputs: Sequence[gs.Tensor]) -> None:

@@ -11,6 +11,7 @@ bits (2, 0.5, 1.5) and quotients that are constant. Anything else is unknown, ne
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import ModelProto
 
@@ -21,6 +22,8 @@ from pipeline.graph.symbols import Expr, Symbol, expr
 from pipeline.graph.value_rules import VALUES
 
 ROLES = {0: "batch", 2: "height", 3: "width"}
+# Of a baked-in image: uint8, channels last.
+IMAGE_ROLES = {0: "batch", 1: "height", 2: "width"}
 # Operators whose value comes from their input's shape, not from its entries.
 SIZES_ALONE = ("Shape", "Size")
 
@@ -79,6 +82,7 @@ class Symbolic:
 
     def _input_shape(self, tensor: gs.Tensor) -> Shape:
         sizes: list[Expr] = []
+        roles = _roles(tensor)
         for axis, size in enumerate(tensor.shape or ()):
             if isinstance(size, int):
                 sizes.append(expr(size))
@@ -86,8 +90,7 @@ class Symbolic:
             if not isinstance(size, str) or not size:
                 sizes.append(expr(Symbol(f"{tensor.name}[{axis}]")))
                 continue
-            role = ROLES.get(axis, "") if len(tensor.shape) == 4 else ""
-            multiple = self._multiples.get(size, self._multiples.get(role, 1))
+            multiple = self._multiples.get(size, self._multiples.get(roles.get(axis, ""), 1))
             sizes.append(expr(Symbol(size if multiple == 1 else f"{size}/{multiple}")) * multiple)
         return tuple(sizes)
 
@@ -118,3 +121,10 @@ class Symbolic:
 
     def _understood(self, tensor: gs.Tensor) -> bool:
         return bool(tensor.is_empty()) or self.value(tensor) is not None
+
+
+def _roles(tensor: gs.Tensor) -> dict[int, str]:
+    """What the axes of a graph input mean to ``multiples``; nothing where it is no image."""
+    if tensor.shape is None or len(tensor.shape) != 4:
+        return {}
+    return IMAGE_ROLES if tensor.dtype == np.uint8 and tensor.shape[3] in (1, 3) else ROLES

@@ -19,10 +19,15 @@ from pipeline.graph.base import (
     Pass,
     PassResult,
     constant_value,
+    detach,
     input_at,
     is_output,
     is_standard,
     label,
+    made_by,
+    names_in,
+    only_reader,
+    place_of,
     remove_detached,
 )
 from pipeline.graph.shape_rules import Shape
@@ -69,7 +74,9 @@ class RewriteUnpool(Pass):
         if not ends or graph.opset < FIRST_OPSET:
             return PassResult(False)
         known = Symbolic(graph)
-        found = [unpool for node in ends for unpool in [_max_unpool(node, known) or _scatter(node, known)] if unpool]
+        found = [
+            unpool for node in ends for unpool in [_max_unpool(node, known) or _scatter(graph, node, known)] if unpool
+        ]
         emitter = _Emitter(graph, known)
         fired: list[Fired] = []
         for unpool in found:
@@ -87,7 +94,7 @@ class RewriteUnpool(Pass):
 class _Emitter:
     def __init__(self, graph: gs.Graph, known: Symbolic) -> None:
         self.graph, self.known = graph, known
-        self.taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+        self.taken = names_in(graph)
         self.chosen: dict[int, tuple[gs.Tensor, gs.Tensor]] = {}
         self.pools: list[gs.Node] = []
         self.place = 0
@@ -96,11 +103,11 @@ class _Emitter:
         pool, result = unpool.pool, unpool.last.outputs[0]
         size, data = pool.attrs["kernel_shape"][0], pool.inputs[0]
         if id(pool) not in self.chosen:
-            self.place = _position(self.graph, pool) + 1
+            self.place = place_of(self.graph, pool) + 1
             self.chosen[id(pool)] = self._choice(pool)
             self.pools.append(pool)
         first, columns = self.chosen[id(pool)]
-        self.place = _position(self.graph, unpool.last)
+        self.place = place_of(self.graph, unpool.last)
         stem = result.name
         kind = _numpy_type(self.known, data)
         values = self._add("Reshape", [unpool.values, self._constant(f"{stem}.flat", [0, 1, -1])], f"{stem}.values")
@@ -114,8 +121,7 @@ class _Emitter:
         else:
             target = self._add("Shape", [columns], f"{stem}.grid", np.dtype(np.int64))
         grid = self._add("Reshape", [placed, target], f"{stem}.depth")
-        unpool.last.inputs.clear()
-        unpool.last.outputs.clear()
+        detach(unpool.last)
         name = unique(label(unpool.last) if unpool.last.name else stem, self.taken)
         self._insert(gs.Node("DepthToSpace", name, {"blocksize": size}, [grid], [result]))
 
@@ -152,17 +158,8 @@ class _Emitter:
         self.place += 1
 
 
-def _position(graph: gs.Graph, node: gs.Node) -> int:
-    return next(place for place, other in enumerate(graph.nodes) if other is node)
-
-
 def _numpy_type(known: Symbolic, tensor: gs.Tensor) -> Any:
     return onnx.helper.tensor_dtype_to_np_dtype(known.element_type(tensor))
-
-
-def _producer(tensor: gs.Tensor | None, *ops: str) -> gs.Node | None:
-    node = tensor.inputs[0] if tensor is not None and len(tensor.inputs) == 1 else None
-    return node if node is not None and is_standard(node, *ops) else None
 
 
 def _windows(pool: gs.Node, known: Symbolic) -> int | None:
@@ -182,7 +179,7 @@ def _windows(pool: gs.Node, known: Symbolic) -> int | None:
 
 def _indexing_pool(indices: gs.Tensor, known: Symbolic) -> gs.Node | None:
     """The pool that these are the indices of."""
-    pool = _producer(indices, "MaxPool")
+    pool = made_by(indices, "MaxPool")
     if pool is None or len(pool.outputs) != 2 or pool.outputs[1] is not indices or _windows(pool, known) is None:
         return None
     return pool
@@ -203,16 +200,16 @@ def _max_unpool(node: gs.Node, known: Symbolic) -> _Unpool | None:
     return _Unpool(pool, node.inputs[0], node)
 
 
-def _scatter(node: gs.Node, known: Symbolic) -> _Unpool | None:
+def _scatter(graph: gs.Graph, node: gs.Node, known: Symbolic) -> _Unpool | None:
     if node.op != "ScatterND" or node.attrs.get("reduction", "none") != "none":
         return None
-    last = _producer_of_only(node.outputs[0])
-    flat = _producer(node.inputs[2], "Reshape")
-    places = _producer(node.inputs[1], "Unsqueeze", "Reshape")
+    last = only_reader(graph, node.outputs[0], "Reshape")
+    flat = made_by(node.inputs[2], "Reshape")
+    places = made_by(node.inputs[1], "Unsqueeze", "Reshape")
     if last is None or flat is None or places is None or not _is_zero(node.inputs[0], known):
         return None
     if places.op == "Unsqueeze":
-        places = _producer(places.inputs[0], "Reshape")
+        places = made_by(places.inputs[0], "Reshape")
     pool = _offset_pool(places.inputs[0], known) if places is not None else None
     if pool is None:
         return None
@@ -228,18 +225,12 @@ def _scatter(node: gs.Node, known: Symbolic) -> _Unpool | None:
     return _Unpool(pool, values, last)
 
 
-def _producer_of_only(tensor: gs.Tensor) -> gs.Node | None:
-    """The Reshape that alone reads a tensor."""
-    readers = list(tensor.outputs)
-    return readers[0] if len(readers) == 1 and is_standard(readers[0], "Reshape") else None
-
-
 def _is_zero(tensor: gs.Tensor, known: Symbolic) -> bool:
     """Whether every entry is 0: an initializer, or a ConstantOfShape behind Reshapes."""
-    node = _producer(tensor, "Reshape", "ConstantOfShape")
+    node = made_by(tensor, "Reshape", "ConstantOfShape")
     while node is not None and node.op == "Reshape":
         tensor = node.inputs[0]
-        node = _producer(tensor, "Reshape", "ConstantOfShape")
+        node = made_by(tensor, "Reshape", "ConstantOfShape")
     if node is not None:
         fill = node.attrs.get("value")
         return fill is None or not np.any(fill.values)
@@ -249,9 +240,9 @@ def _is_zero(tensor: gs.Tensor, known: Symbolic) -> bool:
 
 def _offset_pool(places: gs.Tensor, known: Symbolic) -> gs.Node | None:
     """The pool behind ``(indices - first index of the plane) + offset of the plane``."""
-    added = _producer(places, "Add")
+    added = made_by(places, "Add")
     for relative, offsets in _both_ways(added):
-        taken = _producer(relative, "Sub")
+        taken = made_by(relative, "Sub")
         pool = _indexing_pool(taken.inputs[0], known) if taken is not None else None
         if taken is None or pool is None or not _is_first_index(taken.inputs[1], pool.inputs[0], known):
             continue
@@ -269,8 +260,8 @@ def _both_ways(node: gs.Node | None) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
 
 def _is_first_index(tensor: gs.Tensor, data: gs.Tensor, known: Symbolic) -> bool:
     """Whether this is the flat index of each plane's first pixel, by a MaxPool of 1 × 1 over ``data``."""
-    cut = _producer(tensor, "Slice")
-    pool = _producer(cut.inputs[0], "MaxPool") if cut is not None else None
+    cut = made_by(tensor, "Slice")
+    pool = made_by(cut.inputs[0], "MaxPool") if cut is not None else None
     if cut is None or pool is None or len(pool.outputs) != 2 or pool.outputs[1] is not cut.inputs[0]:
         return False
     settings = [known.integers(input_at(cut, slot)) for slot in range(1, 5)]
@@ -291,9 +282,9 @@ def _is_offset(tensor: gs.Tensor, shape: Shape, known: Symbolic) -> bool:
         n, c, h, w = (int(size or 0) for size in sizes)
         expected: NDArray[np.int64] = np.arange(n * c).reshape(n, c, 1, 1) * (h * w)
         return bool(np.array_equal(constant, expected))
-    for ramp, factor in _both_ways(_producer(tensor, "Mul")):
-        area, shaped = known.value(factor), _producer(ramp, "Reshape")
-        steps = _producer(shaped.inputs[0], "Range") if shaped is not None else None
+    for ramp, factor in _both_ways(made_by(tensor, "Mul")):
+        area, shaped = known.value(factor), made_by(ramp, "Reshape")
+        steps = made_by(shaped.inputs[0], "Range") if shaped is not None else None
         if shaped is None or steps is None or area is None or area.size != 1 or area.flat[0] != height * width:
             continue
         planes = (batch * channels, channels, expr(1), expr(1))

@@ -16,11 +16,14 @@ from pipeline.graph.base import (
     PassResult,
     bypass,
     constant_value,
+    detach,
     export_graph,
     import_graph,
     input_at,
     is_standard,
     label,
+    names_in,
+    place_of,
     remove_detached,
     tensor_proto_type,
 )
@@ -41,10 +44,8 @@ from pipeline.graph.resampling import (
 from pipeline.graph.shapes import unique
 from pipeline.graph.sizes import infer_shapes
 from pipeline.graph.symbols import LARGEST
-from pipeline.graph.versions import LEGACY_OPSET, RESIZE_OPSET, has_legacy_resize, with_opset
+from pipeline.graph.versions import OPTIONAL_OPSET, RESIZE_OPSET, has_legacy_resize, with_opset
 
-# From here on roi and scales may be left out.
-OPTIONAL_OPSET = 13
 PLAIN = ("half_pixel", "align_corners", "asymmetric")
 HALF_PIXELS = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
 # Where the index of an output pixel depends on its place and the scale alone.
@@ -78,7 +79,7 @@ class RaiseLegacyResize(Pass):
         if not has_legacy_resize(model):
             return PassResult(False)
         try:
-            raised = with_opset(model, LEGACY_OPSET)
+            raised = with_opset(model, OPTIONAL_OPSET)
         except ModelError:  # the graph stays valid as it is
             return PassResult(False)
         parts = (graph, *graph.subgraphs(recursive=True))
@@ -203,14 +204,14 @@ def _drop_roi(graph: gs.Graph, node: gs.Node) -> bool:
     if graph.opset >= OPTIONAL_OPSET:
         node.inputs[ROI] = gs.Variable.empty()
     else:
-        name = unique(f"{node.outputs[0].name}.roi", set(graph.tensors()))
+        name = unique(f"{node.outputs[0].name}.roi", names_in(graph))
         node.inputs[ROI] = gs.Constant(name, np.zeros(0, np.float32))
     return True
 
 
 def _set(graph: gs.Graph, node: gs.Node, slot: int, values: NDArray[Any]) -> None:
     """Give the node constant scales or sizes, in place of what it had of either."""
-    name = unique(f"{node.outputs[0].name}.{'scales' if slot == SCALES else 'sizes'}", set(graph.tensors()))
+    name = unique(f"{node.outputs[0].name}.{'scales' if slot == SCALES else 'sizes'}", names_in(graph))
     inputs = [*list(node.inputs)[:SCALES], gs.Variable.empty()][:SCALES]
     if slot == SIZES:
         inputs.append(gs.Variable.empty())
@@ -359,10 +360,9 @@ def _matrices(graph: gs.Graph, node: gs.Node, axes: list[Axis]) -> bool:
                 for i in moving}  # fmt: skip
     if not _agree(graph, node, axes, matrices, crop):
         return False
-    taken = set(graph.tensors()) | {other.name for other in graph.nodes}
-    position = next(i for i, other in enumerate(graph.nodes) if other is node)
-    node.inputs.clear()
-    node.outputs.clear()
+    taken = names_in(graph)
+    position = place_of(graph, node)
+    detach(node)
     source, fresh = data, []
     for step, (i, matrix) in enumerate(sorted(matrices.items())):
         role = "rows" if i == rank - 2 else "columns"

@@ -12,18 +12,16 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.version_converter import ConvertError
 
 from pipeline.errors import ModelError
+from pipeline.graph.base import STANDARD, UNLISTED_IR
 from pipeline.graph.io import opset
 from pipeline.graph.shapes import LARGE, all_names, infer, set_value_info, subgraphs, unique
 
 # Before this opset a Resize says nothing about coordinates, and Upsample exists.
 RESIZE_OPSET = 11
-# From this one on, roi may be left out.
-LEGACY_OPSET = 13
+# From this one on, roi and scales may be left out.
+OPTIONAL_OPSET = 13
 # The converter leaves operators of other domains alone; legacy resizes go through it under this one.
 STAND_IN = "unet_trt.legacy"
-STANDARD = ("", "ai.onnx")
-# Initializers outside the input list need this IR version.
-UNLISTED_IR = 4
 
 
 def with_opset(model: ModelProto, least: int) -> ModelProto:
@@ -50,7 +48,7 @@ def with_opset(model: ModelProto, least: int) -> ModelProto:
             raise _refused(model, least, f"the operator {node.domain}::{node.op_type} ({_label(node)}) holds a graph")
     work = _light(model)
     if has_legacy_resize(model):
-        least = max(least, LEGACY_OPSET)
+        least = max(least, OPTIONAL_OPSET)
         _stand_in(work, all_names(model), least)
     try:
         converted = onnx.version_converter.convert_version(work, least)

@@ -2,83 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
-from pipeline.artifacts import (
-    SCHEMA_VERSION,
-    TensorSpec,
-    sha256_bytes,
-    sha256_file,
-    sha256_json,
-    to_json,
-    write_atomically,
-)
+from pipeline.artifacts import TensorSpec, sha256_bytes, sha256_json, to_json, write_atomically
 from pipeline.backends.base import feed_image
-from pipeline.backends.onnxruntime import OnnxRuntimeRunner
-from pipeline.calibration.algorithms import ALGORITHMS
+from pipeline.backends.cpu_histograms import cpu_histograms
 from pipeline.calibration.histogram import Histogram
-from pipeline.calibration.segments import Segment, split
+from pipeline.calibration.ranges import ZERO_AMAX, choose_ranges
+from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, TensorRange
 from pipeline.calibration.table import CalibrationTable
-from pipeline.config import CalibrateConfig, EngineConfig, PreprocessingConfig
+from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
 from pipeline.data.dataset import Sample
 from pipeline.errors import BuildFolderError, CalibrationError, DataError, ModelError
-from pipeline.graph.io import load_model, model_inputs
-from pipeline.graph.quantize import activation_tensors
+from pipeline.graph.io import load_model, model_inputs, sha256_model
+from pipeline.graph.placement import activation_tensors
+from pipeline.progress import track
+from pipeline.selection import kept, try_algorithms
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 
-CACHE_FILE, REPORT_FILE = "calibration.cache", "report.json"
 # Version in the header of caches that no TensorRT wrote: 8.6.0.
 CACHE_VERSION = 8600
 ENOUGH_IMAGES = 32
-SEGMENT_BYTES = 256 << 20
-# For tensors of zeros, which any scale represents: 2^-14 is the smallest normal FP16 number.
-ZERO_AMAX = 127 * 2.0**-14
+# Of the images, every fourth judges the algorithms, and no more than these: each costs five inferences.
+HELD_OUT_STEP, MOST_HELD_OUT = 4, 16
 
-
-@dataclass(frozen=True)
-class TensorRange:
-    """What one tensor held, and the range chosen for it, in the tensor's unit.
-
-    ``clipped`` is the share of values with |value| > amax, 0…1. All but ``amax`` is None where TensorRT calibrated.
-    """
-
-    tensor: str
-    amax: float
-    minimum: float | None = None
-    maximum: float | None = None
-    clipped: float | None = None
-
-
-@dataclass(frozen=True)
-class CalibrationReport:
-    """Where a calibration cache comes from; ``images_sha256`` is independent of the images' names and order."""
-
-    algorithm: str
-    calibrator: str
-    bins: int
-    image_count: int
-    images: tuple[str, ...]
-    images_sha256: str
-    graph_sha256: str
-    preprocessing_sha256: str
-    cache_sha256: str
-    tensors: tuple[TensorRange, ...]
-    seconds: float
-    notes: tuple[str, ...] = ()
-    schema_version: int = field(default=SCHEMA_VERSION)
+Named = tuple[str, NDArray[Any]]
+Collector = Callable[[Iterable[Named]], list[Histogram]]
 
 
 def calibrate(
@@ -86,34 +44,35 @@ def calibrate(
     samples: Sequence[Sample],
     config: CalibrateConfig,
     preprocessing: PreprocessingConfig,
-    folder: Path,
+    cache: Path,
+    report: Path,
     *,
     validation: Mapping[str, str] | None = None,
     engine: EngineConfig | None = None,
-    progress: Progress | None = None,
 ) -> CalibrationReport:
-    """Choose a range for every activation of a graph; write ``calibration.cache`` and ``report.json`` into a folder.
+    """Choose a range for every activation of a graph; write the calibration cache and its report.
 
-    Memory is independent of the number of images: some 256 MiB of activations of one image at a time (where no single
-    tensor is larger), what later nodes still read of it, and 128 KiB a tensor for its histogram.
+    Memory is independent of the number of images: see ``cpu_histograms`` and ``gpu_histograms``.
 
     Args:
         clean: ONNX graph with one image input, float32 (N, C, H, W) or uint8 (N, H, W, C); a fixed N > 1 gets the image
             N times.
         samples: all of them are used, one at a time, once each.
+        cache, report: written last, each whole or not at all; their folder is made where missing.
         validation: names of the validation images by ``Sample.content_hash()`` (see ``content_hashes``).
-        engine: settings for ``calibrator: tensorrt`` (the workspace); default: the config's defaults.
-        progress: called with (images done, images in all).
+        engine: workspace for ``calibrator`` gpu and tensorrt; ``exclude`` and ``qdq`` for ``algorithm: auto``; default:
+            the config's defaults.
 
     Raises:
-        CalibrationError: no image; an image that is a validation image too; one that does not fit the graph's input;
-            NaN or infinite activations.
-        DataError: an image that cannot be decoded.
+        CalibrationError: no image, or too few for ``auto``; an image that is a validation image too; one that does not
+            fit the graph's input; NaN or infinite activations.
+        DataError: an image that cannot be decoded, without ``skip_bad``.
         ModelError: a graph that cannot be loaded or run, or has not exactly one input.
-        UnsupportedError: ``calibrator: tensorrt`` without TensorRT.
-        BuildFolderError: the folder is unwritable.
+        UnsupportedError: ``calibrator: gpu`` or ``tensorrt`` without what they need.
+        BuildFolderError: a file that cannot be written.
     """
     started = time.perf_counter()
+    engine = engine or EngineConfig()
     model = load_model(clean)
     specs = model_inputs(model)
     if len(specs) != 1:
@@ -121,45 +80,79 @@ def calibrate(
             f"{clean} has {len(specs)} inputs", expected="one image input", got=", ".join(spec.name for spec in specs)
         )
     tensors = activation_tensors(model)
-    images = _Images(samples, specs[0], preprocessing, validation or {}, progress)
-    notes: list[str] = []
-    if config.calibrator == "tensorrt":
+    images = _Images(samples, specs[0], preprocessing, validation or {}, config.skip_bad)
+    calibrator = resolve_calibrator(config.calibrator)
+    trials: list[AlgorithmTrial] = []
+    held_out: list[int] = []
+    if calibrator == "tensorrt":
         from pipeline.backends.tensorrt import calibrate_with_tensorrt
 
-        table = calibrate_with_tensorrt(
-            clean, ({specs[0].name: x} for _, x in images), config.algorithm, engine or EngineConfig()
-        )
-        ranges = [TensorRange(tensor, amax) for tensor, amax in table.amax.items()]
+        algorithm: Algorithm = "minmax" if config.algorithm == "minmax" else "entropy"
+        table = calibrate_with_tensorrt(clean, ({specs[0].name: x} for _, x in images.read()), algorithm, engine)
+        ranges = [TensorRange(tensor, amax, len(images.names)) for tensor, amax in table.amax.items()]
     else:
-        histograms = _collect(model, tensors, images)
-        ranges = [_choose(histogram, config, notes) for histogram in histograms]
-        table = CalibrationTable(config.algorithm, {entry.tensor: entry.amax for entry in ranges})
-    notes += images.notes()
+        if calibrator == "gpu":
+            from pipeline.backends.gpu_histograms import gpu_histograms
+
+            collect: Collector = functools.partial(gpu_histograms, clean, tensors, config=engine)
+        else:
+            collect = functools.partial(cpu_histograms, model, tensors)
+        if config.algorithm == "auto":
+            held_out = _held_out(len(samples))
+            histograms = collect(images.read([i for i in range(len(samples)) if i not in held_out]))
+            judges = [x for _, x in images.read(held_out, "held-out images")]
+            trials = try_algorithms(model, histograms, judges, config, engine)
+            algorithm = kept(trials)
+            names = iter(images.names[-len(judges) :])
+            for histogram, more in zip(histograms, collect(zip(names, judges, strict=True)), strict=True):
+                histogram.merge(more)
+        else:
+            algorithm = config.algorithm
+            histograms = collect(images.read())
+        ranges = choose_ranges(histograms, algorithm, config, len(images.names))
+        table = CalibrationTable(algorithm, {entry.tensor: entry.amax for entry in ranges})
+    collected = time.perf_counter()
+    notes = [*_notes(ranges), *images.notes(), *_verdict(trials, len(held_out))]
     for note in notes:
         log.warning("%s", note)
 
-    cache = table.to_cache(CACHE_VERSION).encode()
-    report = CalibrationReport(
-        algorithm=config.algorithm,
-        calibrator=config.calibrator,
+    text = table.to_cache(table.version or CACHE_VERSION).encode()
+    result = CalibrationReport(
+        algorithm=algorithm,
+        calibrator=calibrator,
         bins=config.bins,
         image_count=len(images.names),
         images=tuple(images.names),
         images_sha256=sha256_json(sorted(images.hashes)),
-        graph_sha256=sha256_file(clean),
+        graph_sha256=sha256_model(clean),
         preprocessing_sha256=sha256_json(preprocessing.model_dump(mode="json")),
-        cache_sha256=sha256_bytes(cache),
+        cache_sha256=sha256_bytes(text),
         tensors=tuple(ranges),
-        seconds=time.perf_counter() - started,
+        seconds=round(time.perf_counter() - started, 3),
+        collect_seconds=round(collected - started, 3),
         notes=tuple(notes),
+        skipped=tuple(images.skipped),
+        trials=tuple(trials),
+        held_out=len(held_out),
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildFolderError(f"cannot make the folder {folder}: {error.strerror}", fix="choose another") from error
-    write_atomically(folder / CACHE_FILE, cache)
-    write_atomically(folder / REPORT_FILE, to_json(report))
-    return report
+    for file, content in ((report, to_json(result)), (cache, text)):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BuildFolderError(
+                f"cannot make the folder {file.parent}: {error.strerror}", fix="choose another"
+            ) from error
+        write_atomically(file, content)
+    return result
+
+
+def resolve_calibrator(wanted: Calibrator) -> Calibrator:
+    """Which calibrator that is on this machine: never ``auto``."""
+    if wanted != "auto":
+        return wanted
+    from pipeline.backends.gpu_histograms import gpu_calibration_available
+
+    return "cpu" if gpu_calibration_available() else "gpu"
 
 
 def content_hashes(samples: Iterable[Sample]) -> dict[str, str]:
@@ -176,22 +169,22 @@ class _Images:
         spec: TensorSpec,
         preprocessing: PreprocessingConfig,
         validation: Mapping[str, str],
-        progress: Progress | None,
+        skip_bad: bool,
     ) -> None:
-        if len(samples) == 0:
-            raise CalibrationError(
-                "there are no calibration images",
-                expected=f"at least one, better {ENOUGH_IMAGES} or more",
-                fix="check data.calibration",
-            )
         self.samples, self.spec, self.preprocessing = samples, spec, preprocessing
-        self.validation, self.progress = validation, progress
+        self.validation, self.skip_bad = validation, skip_bad
         self.names: list[str] = []
         self.hashes: list[str] = []
+        self.skipped: list[str] = []
 
-    def __iter__(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Name of each, and its array as the graph takes it."""
-        for sample in self.samples:
+    def read(self, which: Sequence[int] | None = None, what: str = "calibration images") -> Iterator[Named]:
+        """Name of each, or of those at the places given, and its array as the graph takes it."""
+        places = range(len(self.samples)) if which is None else which
+        before = len(self.names)
+        for place in track(places, what, len(places)):
+            sample = self._sample(place)
+            if sample is None:
+                continue
             digest = sample.content_hash()
             if digest in self.validation:
                 raise CalibrationError(
@@ -202,17 +195,31 @@ class _Images:
             self.names.append(sample.name)
             self.hashes.append(digest)
             yield sample.name, self._input(sample)
-            if self.progress:
-                self.progress(len(self.names), len(self.samples))
+        if len(self.names) == before:
+            raise CalibrationError(
+                f"there are no {what}",
+                expected=f"at least one, better {ENOUGH_IMAGES} or more",
+                got=f"{len(self.skipped)} that cannot be decoded" if self.skipped else "none",
+                fix="check data.calibration",
+            )
 
-    def notes(self) -> list[str]:
-        notes = []
+    def notes(self) -> Iterator[str]:
         if len(self.names) < ENOUGH_IMAGES:
-            notes.append(f"only {len(self.names)} calibration images; fewer than {ENOUGH_IMAGES} may miss large values")
+            yield f"only {len(self.names)} calibration images; fewer than {ENOUGH_IMAGES} may miss large values"
         repeated = len(self.hashes) - len(set(self.hashes))
         if repeated:
-            notes.append(f"{repeated} of {len(self.hashes)} calibration images repeat another")
-        return notes
+            yield f"{repeated} of {len(self.hashes)} calibration images repeat another"
+        if self.skipped:
+            yield f"{len(self.skipped)} images were skipped: {'; '.join(self.skipped)}"
+
+    def _sample(self, place: int) -> Sample | None:
+        try:
+            return self.samples[place]
+        except DataError as error:
+            if not self.skip_bad:
+                raise
+            self.skipped.append(error.problem)
+            return None
 
     def _input(self, sample: Sample) -> NDArray[Any]:
         try:
@@ -226,48 +233,27 @@ class _Images:
             ) from error
 
 
-def _collect(model: onnx.ModelProto, tensors: Sequence[str], images: _Images) -> list[Histogram]:
-    """Histograms of the tensors, in their order."""
-    histograms = {tensor: Histogram(tensor) for tensor in tensors}
-    unions = _unions(model, tensors)
-    chain: list[tuple[Segment, OnnxRuntimeRunner]] = []
-    source = images.spec.name
-    with ExitStack() as stack:
-        for image, x in images:
-            if not chain:
-                observed = [tensor for tensor in tensors if tensor != source and tensor not in unions]
-                for segment in split(model, observed, {source: x.shape}, SEGMENT_BYTES):
-                    # Optimising needs more memory here and is no faster: with every tensor an output, little fuses.
-                    runner = OnnxRuntimeRunner(segment.model.SerializeToString(), optimize=False, arena=False)
-                    chain.append((segment, stack.enter_context(runner)))
-            if source in histograms:
-                histograms[source].add(x, image)
-            alive: dict[str, NDArray[Any]] = {source: x}
-            for segment, runner in chain:
-                alive |= runner({spec.name: alive[spec.name] for spec in runner.inputs})
-                for tensor in segment.observed:
-                    histograms[tensor].add(alive[tensor], image)
-                alive = {name: values for name, values in alive.items() if name in segment.carried}
-    for tensor, parts in unions.items():
-        for part in parts:
-            histograms[tensor].merge(histograms[part])
-    return list(histograms.values())
+def _held_out(count: int) -> list[int]:
+    """Places of the images that judge the algorithms, spread over all."""
+    places = list(range(HELD_OUT_STEP - 1, count, HELD_OUT_STEP))
+    if not places:
+        raise CalibrationError(
+            f"{count} calibration images are too few for algorithm: auto",
+            expected=f"at least {HELD_OUT_STEP}, of which every fourth judges the algorithms",
+            fix="give more images, or name an algorithm",
+        )
+    spread = np.linspace(0, len(places) - 1, min(len(places), MOST_HELD_OUT)).round().astype(int)
+    return [places[i] for i in dict.fromkeys(spread.tolist())]
 
 
-def _unions(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, list[str]]:
-    """Outputs of Concat in topological order, whose histograms are the sums of their inputs'."""
-    known = set(tensors)
-    return {
-        node.output[0]: list(node.input)
-        for node in model.graph.node
-        if node.op_type == "Concat" and node.output[0] in known and known.issuperset(node.input)
-    }
+def _notes(ranges: Sequence[TensorRange]) -> Iterator[str]:
+    for entry in ranges:
+        if entry.amax == ZERO_AMAX and entry.clipped == 0:
+            yield f"tensor {entry.tensor} is zero on every image; its range is set to {ZERO_AMAX:.3g}"
 
 
-def _choose(histogram: Histogram, config: CalibrateConfig, notes: list[str]) -> TensorRange:
-    """The range of one tensor by the configured algorithm."""
-    amax = float(np.float32(ALGORITHMS[config.algorithm](histogram, config.bins)))
-    if amax < 127 * np.finfo(np.float32).tiny:
-        notes.append(f"tensor {histogram.tensor} is zero on every image; its range is set to {ZERO_AMAX:.3g}")
-        amax = ZERO_AMAX
-    return TensorRange(histogram.tensor, amax, histogram.minimum, histogram.maximum, histogram.share_above(amax))
+def _verdict(trials: Sequence[AlgorithmTrial], held_out: int) -> Iterator[str]:
+    if trials:
+        shares = ", ".join(f"{trial.algorithm} {trial.agreement:.4%}" for trial in trials)
+        ahead = trials[0].agreement - trials[1].agreement
+        yield f"kept {trials[0].algorithm}, {ahead:.4%} ahead; same class on {held_out} held-out images: {shares}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import resource
 import time
@@ -139,8 +140,8 @@ def clean(
         passes: default ``clean_passes()``.
 
     Raises:
-        ModelError: unreadable input, no convolution in it, target = input, a graph that ONNX Runtime cannot run, a
-            pass that fails.
+        ModelError: unreadable input, no convolution in it, no model card where ``input`` or ``output`` needs one,
+            target = input, a graph that ONNX Runtime cannot run, a pass that fails.
         CheckFailed: the clean graph computes something else; the pass at fault is named, the report is written.
         BuildFolderError: the target cannot be written.
         UnsupportedError: ONNX Runtime is missing.
@@ -150,18 +151,22 @@ def clean(
     files = model_files(raw)
     _refuse_overwriting(files, target, report)
     _require_convolution(model, raw)
+    baking = (input, output) != ("float", "logits")
+    if baking:
+        _require_card(model, raw)
     steps = clean_passes() if passes is None else tuple(passes)
     if profiles:
         write_multiples(model, {axis: sizes.multiple_of for axis, sizes in profiles.items()})
     with staged(target) as file:
         trials = Trials(raw, model, profiles or {})
         cleaned, runs = clean_model(model, steps)
+        gc.collect()  # graphsurgeon's graphs are cycles, and hold every weight once more
         write_model(cleaned, file)
         compared = trials.compare(file)
         relative = max(trial.max_relative_error for trial in compared)
         passed = relative <= tolerance
         baked = None
-        if passed and (input, output) != ("float", "logits"):
+        if passed and baking:
             sizes = [shape for trial in compared for shape in trial.shapes.values()]
             cleaned, baked = _bake(cleaned, file, input, output, tolerance, sizes)
         equal = passed and (baked is None or baked.passed)
@@ -210,7 +215,7 @@ def clean(
                 f"{raw} with its preprocessing or decision inside computes something else; {target} was not written",
                 expected="the labels or probabilities that the clean graph gives for the same images",
                 got=str(baked),
-                fix="report the model with the cleaning report; without clean.input and clean.output it is as it was",
+                fix="report the model with the cleaning report; with nothing baked in it can be cleaned",
             )
     log.info(
         "cleaned %s: %d nodes -> %d, max relative change %.1e", raw, len(model.graph.node), _total(result), relative
@@ -256,6 +261,16 @@ def _require_convolution(model: ModelProto, raw: Path) -> None:
             expected="a segmentation network with Conv nodes",
             got=", ".join(f"{count} {op}" for op, count in counts.most_common(SHOWN)) or "an empty graph",
             fix="check that the right file was given",
+        )
+
+
+def _require_card(model: ModelProto, raw: Path) -> None:
+    if read_card(model) is None:
+        raise ModelError(
+            f"{raw} has no model card, so nobody knows its preprocessing and classes",
+            expected="the metadata that `unet-trt export` writes",
+            got="an image or a decision to be baked in",
+            fix="name the file as network.onnx in a configuration and use the exported model.onnx, or bake nothing in",
         )
 
 

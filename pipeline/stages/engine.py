@@ -7,6 +7,7 @@ import logging
 import platform
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -21,14 +22,16 @@ from pipeline.artifacts import (
     to_json,
     write_atomically,
 )
-from pipeline.backends.base import BuildRequest, Capabilities
+from pipeline.backends.base import BuildRequest, Capabilities, RouteName
 from pipeline.backends.registry import resolve
-from pipeline.calibration.table import CalibrationTable, check_table
+from pipeline.calibration.table import CalibrationTable, check_table, renamed, some
 from pipeline.config import Axis, EngineConfig, Precision, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.graph.half import to_half
-from pipeline.graph.io import load_model, model_inputs, save_model
-from pipeline.graph.quantize import activation_tensors, quantize
+from pipeline.graph.io import load_model, model_inputs, save_model, sha256_model
+from pipeline.graph.placement import activation_tensors, quantizable_tensors
+from pipeline.graph.promises import read_raw_names
+from pipeline.graph.quantize import quantize
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +82,17 @@ def build_engine(
     model = load_model(clean)
     profiles = make_profiles(model_inputs(model), config.profile)
     folder.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    if precision == "int8" and table is not None:
+        if route == "implicit" and config.exclude:
+            raise ConfigError(
+                "engine.exclude needs the explicit route", got="route: implicit", fix="set engine.route to explicit"
+            )
+        table = _fitting(table, model, sha256_model(clean), route, config, notes)
     source = clean
     if route == "explicit":
         source = folder / TYPED
         save_model(_typed(model, precision, config, table, known), source)
-    elif precision == "int8" and table is not None:
-        if config.exclude:
-            raise ConfigError(
-                "engine.exclude needs the explicit route", got="route: implicit", fix="set engine.route to explicit"
-            )
-        # A range that is missing is no fallback: TensorRT 8.6.0 then builds engines that compute wrong results.
-        kept = {tensor: amax for tensor, amax in table.amax.items() if not tensor.startswith(PARSER_MADE)}
-        table = CalibrationTable(table.algorithm, kept)
-        check_table(table, activation_tensors(model), "the given table")
     if builder is None:
         return None
     request = BuildRequest(
@@ -123,7 +124,7 @@ def build_engine(
         build_seconds=round(result.seconds, 3),
         timing_cache=result.timing_cache,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        notes=(*result.notes, f"built on {platform.system()} {platform.machine()}"),
+        notes=(*notes, *result.notes, f"built on {platform.system()} {platform.machine()}"),
     )
     write_atomically(folder / ENGINE, result.plan)
     write_atomically(folder / MANIFEST, to_json(manifest))
@@ -219,6 +220,44 @@ def make_profiles(inputs: tuple[TensorSpec, ...], ranges: Mapping[Axis, ProfileR
     return profiles
 
 
+def _fitting(
+    table: CalibrationTable,
+    model: onnx.ModelProto,
+    model_sha256: str,
+    route: RouteName,
+    config: EngineConfig,
+    notes: list[str],
+) -> CalibrationTable:
+    """The table in the graph's names, without ranges of other tensors; what is remarkable goes into ``notes``.
+
+    Raises:
+        CalibrationError: the table was made for another graph, or lacks ranges.
+    """
+    report, known = table.report, activation_tensors(model)
+    if report is not None and report.graph_sha256 != model_sha256:
+        raise CalibrationError(
+            "the calibration cache was made for another graph",
+            expected=f"a graph with sha256 {report.graph_sha256[:12]}…, as the cache's report says",
+            got=f"{model_sha256[:12]}…",
+            fix="calibrate this graph, or give the graph that was calibrated",
+        )
+    if report is None and table.version is not None:
+        notes.append(f"the calibration cache has no report; its header names TensorRT {table.version}")
+    fitting = renamed(table, read_raw_names(model))
+    changed = len(set(fitting.amax) - set(table.amax))
+    if changed:
+        notes.append(f"{changed} ranges of the calibration cache were found under the raw export's tensor names")
+    # A range that is missing is no fallback on the implicit route: TensorRT 8.6.0 then computes wrong results.
+    wanted = known if route == "implicit" else quantizable_tensors(model, config.exclude, config.qdq)
+    unknown = set(check_table(fitting, wanted, known, "the calibration cache"))
+    told = sorted(tensor for tensor in unknown if not tensor.startswith(PARSER_MADE))
+    if told:
+        notes.append(f"{len(told)} ranges of tensors that the graph does not have: {some(told)}")
+    for note in notes:
+        log.warning("%s", note)
+    return replace(fitting, amax={tensor: amax for tensor, amax in fitting.amax.items() if tensor not in unknown})
+
+
 def _typed(
     model: onnx.ModelProto,
     precision: Precision,
@@ -233,7 +272,7 @@ def _typed(
     if table is None:
         raise CalibrationError("INT8 needs a calibration table", fix="calibrate first")
     # Without strong typing it is the FP16 flag that lets TensorRT choose the types of what stays unquantized.
-    return quantize(model, table, half=known.strongly_typed, exclude=config.exclude)
+    return quantize(model, table, half=known.strongly_typed, exclude=config.exclude, qdq=config.qdq)
 
 
 def _layout(spec: TensorSpec) -> dict[Axis, int]:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
-from tests.conftest import Project, Result
+from tests.conftest import REPOSITORY, Project, Result
+from tests.unit.graph.builders import conv_net, model
 
 Command = Callable[..., Result]
 
@@ -176,6 +178,141 @@ def test_files_that_are_no_onnx(project: Project, unet_trt: Command) -> None:
     assert not (project.root / "clean.onnx").exists()
     fails(unet_trt("clean", project.root / "none.onnx", "-o", "c.onnx"), 2, "none.onnx does not exist")
     fails(unet_trt("inspect", project.root / "none.onnx"), 2, "none.onnx does not exist")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def half_written(path: Path) -> None:
+    path.write_bytes(conv_net().SerializeToString())
+    cut(path)
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def move_data(path: Path, location: str) -> None:
+    """Let the file say that its data lie elsewhere."""
+    bare = onnx.load(path, load_external_data=False)
+    for tensor in bare.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(bare.SerializeToString())
+
+
+def edited(path: Path, edit: Callable[[onnx.ModelProto], object]) -> None:
+    proto = conv_net()
+    edit(proto)
+    path.write_bytes(proto.SerializeToString())
+
+
+def without_convolution(path: Path) -> None:
+    nodes = [onnx.helper.make_node("Relu", ["image"], ["logits"])]
+    path.write_bytes(model(nodes, {"image": (1, 3)}, {"logits": (1, 3)}).SerializeToString())
+
+
+def unknown_operator(proto: onnx.ModelProto) -> None:
+    proto.graph.node[1].domain = "org.example"
+    proto.opset_import.add(domain="org.example", version=1)
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "text": (lambda path: path.write_text("This is no model."), ("not a readable ONNX file", "to fix")),
+    "empty": (lambda path: path.write_bytes(b""), ("raw.onnx is empty",)),
+    "folder": (make_folder, ("not a readable ONNX file", "directory")),
+    "truncated": (half_written, ("not a readable ONNX file",)),
+    "no data": (lambda path: (path.parent / "weights.bin").unlink(), ("weights.bin does not exist", "a.weight")),
+    "truncated data": (lambda path: cut(path.parent / "weights.bin"), ("truncated or belong to another model",)),
+    "data outside": (lambda path: move_data(path, "../weights.bin"), ("outside its folder", "../weights.bin")),
+    "invalid": (
+        lambda path: edited(path, lambda proto: proto.graph.node[1].input.append("image")),
+        ("ONNX's checker refuses", "a.relu"),
+    ),
+    "cyclic": (
+        lambda path: edited(path, lambda proto: proto.graph.node[0].input.__setitem__(0, "b.relu")),
+        ("has a cycle: ", "got: a cycle of 4 nodes through "),
+    ),
+    "opset": (
+        lambda path: edited(path, lambda proto: setattr(proto.opset_import[0], "version", 999)),
+        ("has opset 999", "or older"),
+    ),
+    "IR": (lambda path: edited(path, lambda proto: setattr(proto, "ir_version", 99)), ("has IR version 99",)),
+    "no convolution": (without_convolution, ("holds no convolution", "1 Relu")),
+    "not runnable": (lambda path: edited(path, unknown_operator), ("ONNX Runtime cannot load", "org.example")),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_models_that_cannot_be_cleaned(tmp_path: Path, unet_trt: Command, kind: str) -> None:
+    make, parts = BAD_MODELS[kind]
+    raw, target = tmp_path / "raw.onnx", tmp_path / "clean.onnx"
+    onnx.save(conv_net(), raw, save_as_external_data=True, location="weights.bin", size_threshold=200)
+    target.write_bytes(b"an older graph")
+    make(raw)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    fails(unet_trt("clean", raw, "-o", target, "--report", tmp_path / "report.json"), 2, *parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert target.read_bytes() == b"an older graph"
+
+
+def test_nothing_to_bake_in(tmp_path: Path, unet_trt: Command) -> None:
+    raw = tmp_path / "raw.onnx"
+    raw.write_bytes(conv_net().SerializeToString())
+    clean = ("clean", raw, "-o", tmp_path / "clean.onnx")
+    for option, value in (("--bake-input", "image"), ("--bake-output", "labels")):
+        fails(unet_trt(*clean, option, value), 2, "raw.onnx has no model card", "to fix: name the file as network.onnx")
+    unknown = unet_trt(*clean, "--bake-output", "masks")
+    assert (unknown.code, "'--bake-output'" in unknown.err, "probabilities" in unknown.err) == (2, True, True)
+    fails(unet_trt(*clean, "--tolerance", "-1"), 2, "tolerance: Input should be greater than 0")
+    assert not (tmp_path / "clean.onnx").exists()
+
+
+def test_results_that_cannot_be_written(tmp_path: Path, unet_trt: Command) -> None:
+    raw, link = tmp_path / "raw.onnx", tmp_path / "link.onnx"
+    raw.write_bytes(conv_net().SerializeToString())
+    link.symlink_to(raw)
+    (tmp_path / "folder").mkdir()
+    before = raw.read_bytes()
+    for target, message in (
+        (raw, "would overwrite the raw export"),
+        (link, "would overwrite the raw export"),
+        (tmp_path / "none" / "clean.onnx", "No such file or directory"),
+        (raw / "clean.onnx", "Not a directory"),
+        (tmp_path / "folder", "Is a directory"),
+        (Path("/proc/clean.onnx"), "cannot write /proc/clean.onnx"),
+    ):
+        fails(unet_trt("clean", raw, "-o", target), 2, message, "to fix")
+    fails(unet_trt("clean", raw), 2, "-o CLEAN.onnx is missing")
+    report = tmp_path / "none" / "report.json"
+    fails(unet_trt("clean", raw, "-o", tmp_path / "clean.onnx", "--report", report), 2, "report.json")
+    assert raw.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link.onnx", "raw.onnx", "working"]
+
+
+FULL_DISK = """
+import errno, os
+
+def fsync(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+os.fsync = fsync
+"""
+
+
+def test_a_full_disk(tmp_path: Path, unet_trt: Command) -> None:
+    raw, target = tmp_path / "raw.onnx", tmp_path / "clean.onnx"
+    raw.write_bytes(conv_net().SerializeToString())
+    target.write_bytes(b"an older graph")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "sitecustomize.py").write_text(FULL_DISK)
+    path = os.pathsep.join([str(tmp_path / "full"), str(REPOSITORY)])
+    fails(unet_trt("clean", raw, "-o", target, PYTHONPATH=path), 2, f"cannot write {target}", "No space left on device")
+    assert target.read_bytes() == b"an older graph"
+    assert leftovers(tmp_path) == []
 
 
 def test_nothing_half_written_after_a_failure(project: Project, unet_trt: Command) -> None:

@@ -18,23 +18,39 @@ import pytest
 from onnx import numpy_helper, parser
 
 from pipeline.artifacts import from_json, sha256_file
+from pipeline.backends import cpu_histograms
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.calibration.ranges import ZERO_AMAX
+from pipeline.calibration.report import CalibrationReport
 from pipeline.calibration.table import CalibrationTable, check_table, read_cache
 from pipeline.config import CalibrateConfig, PreprocessingConfig
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.preprocessing import preprocess
 from pipeline.errors import BuildFolderError, CalibrationError, DataError, ModelError
 from pipeline.graph.io import load_model
-from pipeline.graph.quantize import activation_tensors
+from pipeline.graph.placement import activation_tensors
+from pipeline.graph.quantize import quantize
 from pipeline.stages import calibrate as stage
-from pipeline.stages.calibrate import ZERO_AMAX, CalibrationReport, calibrate, content_hashes
+from pipeline.stages.calibrate import content_hashes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 SIZE = 64
 SPEC = PreprocessingConfig(height=SIZE, width=SIZE, channels="grey", mean=(0.4,), std=(0.2,))
-MINMAX, ENTROPY = CalibrateConfig(algorithm="minmax"), CalibrateConfig()
+MINMAX, ENTROPY = (CalibrateConfig(algorithm=name, calibrator="cpu") for name in ("minmax", "entropy"))
+
+
+def calibrate(
+    clean: Path,
+    samples: Sequence[Sample],
+    config: CalibrateConfig,
+    spec: PreprocessingConfig,
+    folder: Path,
+    **more: Any,
+) -> CalibrationReport:
+    """The stage as a build folder has it."""
+    return stage.calibrate(clean, samples, config, spec, folder / "calibration.cache", folder / "report.json", **more)
 
 
 def picture(name: str) -> Sample:
@@ -54,6 +70,9 @@ def export(path: Path, dynamic: bool) -> Path:
 
     torch.manual_seed(0)
     network = UNet(in_channels=1, classes=3, base_channels=4).eval()
+    head = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    with torch.no_grad():  # no class wins everywhere
+        head.bias -= network(torch.from_numpy(preprocess(picture("a").image, SPEC)[np.newaxis])).mean((0, 2, 3))
     shapes: Any = {"x": {0: torch.export.Dim("batch")}} if dynamic else None
     example = torch.zeros(2 if dynamic else 1, 1, SIZE, SIZE)
     torch.onnx.export(
@@ -127,7 +146,7 @@ def test_files(static: Path, tmp_path: Path) -> None:
     assert from_json(CalibrationReport, folder / "report.json") == report
     assert report.cache_sha256 == sha256_file(folder / "calibration.cache")
     assert report.graph_sha256 == sha256_file(static)
-    assert (report.algorithm, report.calibrator, report.bins) == ("entropy", "pipeline", 2048)
+    assert (report.algorithm, report.calibrator, report.bins) == ("entropy", "cpu", 2048)
     assert (report.image_count, report.images) == (3, ("image_000", "image_001", "image_002"))
 
     header, *lines = (folder / "calibration.cache").read_text().splitlines()
@@ -135,7 +154,9 @@ def test_files(static: Path, tmp_path: Path) -> None:
     for line, entry in zip(lines, report.tensors, strict=True):
         assert line == f"{entry.tensor}: {struct.pack('>f', entry.amax / 127).hex()}"
     table = read_cache(folder / "calibration.cache")
-    check_table(table, activation_tensors(load_model(static)), "cache")
+    names = activation_tensors(load_model(static))
+    assert check_table(table, names, names) == []
+    assert table.report == report
 
 
 def test_the_order_of_the_images_does_not_matter(static: Path, tmp_path: Path) -> None:
@@ -154,7 +175,7 @@ def test_the_order_of_the_images_does_not_matter(static: Path, tmp_path: Path) -
 @pytest.mark.parametrize("limit", [1, 100_000])
 def test_segments_change_nothing(static: Path, tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = calibrate(static, pictures(2), ENTROPY, SPEC, tmp_path / "a")
-    monkeypatch.setattr(stage, "SEGMENT_BYTES", limit)
+    monkeypatch.setattr(cpu_histograms, "SEGMENT_BYTES", limit)
     cut = calibrate(static, pictures(2), ENTROPY, SPEC, tmp_path / "b")
     assert cut.tensors == whole.tensors
 
@@ -185,7 +206,7 @@ class CountingRunner(OnnxRuntimeRunner):
 @pytest.fixture
 def peak_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], int]:
     """The most that activations, and other arrays and objects, took at once when calibrating on so many images."""
-    monkeypatch.setattr(stage, "OnnxRuntimeRunner", CountingRunner)
+    monkeypatch.setattr(cpu_histograms, "OnnxRuntimeRunner", CountingRunner)
 
     def measure(model: Path, count: int) -> int:
         CountingRunner.alive, CountingRunner.most = [], 0
@@ -207,12 +228,6 @@ def test_memory_does_not_grow_with_the_images(static: Path, peak_bytes: Callable
     peak_bytes(static, 2)
     few, many = peak_bytes(static, 8), peak_bytes(static, 64)
     assert many - few < activation_bytes(static) / 4
-
-
-def test_progress(static: Path, tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    calibrate(static, pictures(3), MINMAX, SPEC, tmp_path, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_few_images_are_noted(static: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -256,6 +271,84 @@ def test_images_that_cannot_be_read(static: Path, tmp_path: Path) -> None:
         calibrate(static, Dataset(("a",), load), MINMAX, SPEC, tmp_path)
 
 
+def half_bad(count: int) -> Dataset:
+    """Every second image cannot be decoded."""
+
+    def load(name: str) -> Sample:
+        if int(name[-1]) % 2:
+            raise DataError(f"the image {name} cannot be decoded")
+        return picture(name)
+
+    return Dataset(pictures(count).names, load)
+
+
+def test_bad_images_are_skipped_and_counted_where_asked_for(static: Path, tmp_path: Path) -> None:
+    skipping = MINMAX.model_copy(update={"skip_bad": True})
+    report = calibrate(static, half_bad(4), skipping, SPEC, tmp_path)
+    assert report.images == ("image_000", "image_002")
+    assert report.skipped == ("the image image_001 cannot be decoded", "the image image_003 cannot be decoded")
+    assert any(note.startswith("2 images were skipped") for note in report.notes)
+    good = calibrate(static, [picture(name) for name in report.images], MINMAX, SPEC, tmp_path / "good")
+    assert good.cache_sha256 == report.cache_sha256
+    with pytest.raises(CalibrationError, match="no calibration images") as caught:
+        calibrate(static, Dataset(("image_001",), half_bad(2).load), skipping, SPEC, tmp_path / "none")
+    assert caught.value.got == "1 that cannot be decoded"
+    assert not (tmp_path / "none").exists()
+
+
+def test_auto_keeps_the_algorithm_that_agrees_best(static: Path, tmp_path: Path) -> None:
+    samples = list(pictures(9))
+    auto = CalibrateConfig(algorithm="auto", calibrator="cpu", percentile=60)
+    report = calibrate(static, samples, auto, SPEC, tmp_path)
+    assert [trial.algorithm for trial in report.trials[-1:]] == ["percentile"]  # 40 % of all values clipped
+    assert report.held_out == 2
+    assert sorted(report.images) == [sample.name for sample in samples]
+    kept = report.trials[0]
+    assert report.algorithm == kept.algorithm
+    assert kept.agreement > report.trials[-1].agreement
+    assert any(note.startswith(f"kept {kept.algorithm}, ") for note in report.notes)
+    # Its ranges are those of all images.
+    same = calibrate(static, samples, auto.model_copy(update={"algorithm": kept.algorithm}), SPEC, tmp_path / "same")
+    assert {t.tensor: t for t in same.tensors} == {t.tensor: t for t in report.tensors}
+
+
+def test_auto_judges_on_images_that_did_not_choose(static: Path, tmp_path: Path) -> None:
+    """The agreement is that of a Q/DQ graph whose ranges come from the other images alone."""
+    samples = list(pictures(8))
+    auto = CalibrateConfig(algorithm="auto", calibrator="cpu")
+    trials = {t.algorithm: t.agreement for t in calibrate(static, samples, auto, SPEC, tmp_path).trials}
+    others = [sample for place, sample in enumerate(samples) if place not in (3, 7)]
+    calibrate(static, others, MINMAX, SPEC, tmp_path / "others")
+    table = read_cache(tmp_path / "others" / "calibration.cache")
+    typed = quantize(load_model(static), table, half=False).SerializeToString()
+    with OnnxRuntimeRunner(static) as reference, OnnxRuntimeRunner(typed) as candidate:
+        output = reference.outputs[0].name
+        equal = []
+        for place in (3, 7):
+            feed = {"x": preprocess(samples[place].image, SPEC)[np.newaxis]}
+            equal.append(np.mean(reference(feed)[output].argmax(1) == candidate(feed)[output].argmax(1)))
+    assert trials["minmax"] == pytest.approx(np.mean(equal), abs=1e-12)
+
+
+def test_auto_needs_images_to_hold_out(static: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="3 calibration images are too few for algorithm: auto"):
+        calibrate(static, pictures(3), CalibrateConfig(algorithm="auto", calibrator="cpu"), SPEC, tmp_path)
+
+
+def test_an_interrupted_calibration_leaves_the_older_files(static: Path, tmp_path: Path) -> None:
+    calibrate(static, pictures(1), MINMAX, SPEC, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def load(name: str) -> Sample:
+        if name == "image_002":
+            raise KeyboardInterrupt
+        return picture(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(static, Dataset(pictures(3).names, load), MINMAX, SPEC, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_not_finite_activations_name_tensor_and_image(static: Path, tmp_path: Path) -> None:
     model = onnx.load(static)
     weights = next(t for t in model.graph.initializer if len(t.dims) == 4)
@@ -288,7 +381,7 @@ def test_segments_are_not_alive_at_once(
     )
     peak_bytes(model, 1)
     whole = peak_bytes(model, 2)
-    monkeypatch.setattr(stage, "SEGMENT_BYTES", 2 << 20)
+    monkeypatch.setattr(cpu_histograms, "SEGMENT_BYTES", 2 << 20)
     cut = peak_bytes(model, 2)
     assert whole > 12 << 20
     assert cut < whole - (8 << 20)

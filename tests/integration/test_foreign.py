@@ -1,6 +1,7 @@
 """Graphs from other exporters: hand-built node by node as they write them, and, where they are installed, their own.
 
-The real ones carry the marker ``matrix`` and skip where their package (extra ``foreign``) is missing.
+The real ones carry the marker ``matrix`` and skip where their package is missing: segmentation_models_pytorch, MONAI,
+Keras, TensorFlow with tf2onnx.
 """
 
 from __future__ import annotations

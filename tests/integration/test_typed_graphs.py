@@ -17,7 +17,8 @@ from pipeline.calibration.table import CalibrationTable
 from pipeline.graph.cleaning import clean_model
 from pipeline.graph.emulate import exactly_rounded
 from pipeline.graph.half import to_half
-from pipeline.graph.quantize import activation_tensors, quantizable_tensors, quantize
+from pipeline.graph.placement import activation_tensors, quantizable_tensors
+from pipeline.graph.quantize import quantize
 
 torch = pytest.importorskip("torch")
 

@@ -63,11 +63,11 @@ UP = {
     "transposed": Counter(ConvTranspose=4),
     "pixel-shuffle": Counter(Conv=4, DepthToSpace=4),
 }
-# Nodes a level may add where height and width are free, and why they cannot be known:
-# aligned: how much is missing is the skip's size less the own one: Shape, Shape, Sub, Concat, Pad;
-# sized: the output's size is the skip's behind the own batch and channels: Shape, Shape, Concat;
-# otherwise the scale is 2 whatever the size. Before opset 15 a Shape gives all axes and needs a Slice.
-ALIGNED, SIZED, SHAPES, SHAPE_OF_PART = 5, 3, 2, 15
+# Nodes a level may add where height and width are free, because its sizes are not known before it runs:
+# aligned: what is missing is the skip's size less the own one: Shape, Shape, Sub, Concat, Pad;
+# sized: the output has the skip's size, channels and batch: Shape;
+# otherwise the scale is 2 whatever the size.
+ALIGNED, SIZED = 5, 1
 LEVELS = 4
 
 
@@ -105,8 +105,6 @@ def check_minimum(cell: Cell, cleaned: ModelProto) -> None:
         assert counts == network
         return
     arithmetic = ALIGNED if cell.padded else SIZED
-    if cell.opset < SHAPE_OF_PART:
-        arithmetic += SHAPES
     assert {op: counts[op] for op in network if op != "Concat"} == {op: network[op] for op in network if op != "Concat"}
     assert counts["Pad"] == (LEVELS if cell.padded else 0)
     assert counts.total() <= network.total() + LEVELS * arithmetic, counts

@@ -115,19 +115,23 @@ def test_promised_multiples_hold_without_profiles(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_never_runs(tmp_path: Path) -> None:
-    proto = net((1, 3, 7, 7))
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("Reshape", ["c", "seven"], ["y"])]
+    values = {"w": weights(4, 3, 1, 1), "seven": np.array([7])}
+    proto = model(nodes, {"x": ("N", 3, "H", "W")}, {"y": (7,)}, values)
     save_model(proto, tmp_path / "raw.onnx")
     with pytest.raises(ModelError, match="runs with none of the input sizes tried") as caught:
         Trials(tmp_path / "raw.onnx", proto, {})
-    assert "(1, 3, 7, 7)" in caught.value.got
+    assert "(1, 3, 37, 51)" in caught.value.got
+    assert "Reshape" in caught.value.got
 
 
 def test_empty_results_count_as_no_run(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"]),
-        helper.make_node("MaxPool", ["c"], ["y"], kernel_shape=[4, 4], strides=[4, 4]),
+        helper.make_node("Slice", ["c", "three", "many", "three"], ["y"]),
     ]
-    proto = model(nodes, {"x": (1, 3, "H", "W")}, {"y": (1, 4, "h", "w")}, {"w": weights(4, 3, 1, 1)})
+    values = {"w": weights(4, 3, 1, 1), "three": np.array([3]), "many": np.array([9999])}
+    proto = model(nodes, {"x": (1, 3, "H", "W")}, {"y": (1, 4, "H", "w")}, values)
     assert tried(proto, tmp_path)["minimum"] == (1, 3, 4, 4)
 
 

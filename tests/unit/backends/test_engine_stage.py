@@ -1,13 +1,16 @@
 """The engine stage's checks: profiles, tables, what is written where."""
 
+import onnx
 import pytest
 
 from pipeline.artifacts import EngineManifest, Profile, TensorSpec, from_json, sha256_bytes, sha256_file
 from pipeline.backends.base import BuildResult, Capabilities
 from pipeline.backends.registry import Resolved
+from pipeline.calibration.report import CalibrationReport
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
+from pipeline.graph.promises import write_raw_names
 from pipeline.stages import engine
 from pipeline.stages.engine import build_engine, build_engine_file, make_profiles
 from tests.tiny_unet import images, observed_table, save, tiny_unet
@@ -117,8 +120,6 @@ def test_implicit_builds_the_clean_graph_with_the_table(use, clean, table, tmp_p
 
 @pytest.mark.parametrize(("typed", "scale"), [(True, "float16"), (False, "float32")])
 def test_explicit_int8_has_fp16_around_it_where_types_are_strong(use, clean, table, tmp_path, typed, scale):
-    import onnx
-
     builder = use("explicit", strongly_typed=typed)
     run(clean, "int8", table, tmp_path / "int8")
     assert builder.requests[0].table is None
@@ -137,21 +138,42 @@ def test_fp32_explicit_is_the_clean_graph_and_has_no_cache(use, clean, table, tm
     assert manifest.cache_sha256 is None
 
 
-@pytest.mark.parametrize("change", [{"logits": None}, {"strange": 1.0}])
-def test_implicit_refuses_a_table_with_other_tensors(use, clean, table, tmp_path, change):
+def test_implicit_refuses_a_table_with_a_gap(use, clean, table, tmp_path):
     use("implicit")
-    amax = {name: value for name, value in {**table.amax, **change}.items() if value is not None}
-    with pytest.raises(CalibrationError, match="another model") as caught:
+    amax = {name: value for name, value in table.amax.items() if name != "logits"}
+    with pytest.raises(CalibrationError, match="lacks 1 of the ranges") as caught:
         run(clean, "int8", CalibrationTable("entropy", amax), tmp_path / "int8", route="implicit")
-    assert next(iter(change)) in caught.value.got
+    assert caught.value.got == "1 missing: logits"
     assert not list((tmp_path / "int8").iterdir())
 
 
-def test_implicit_takes_what_tensorrts_own_caches_add(use, clean, table, tmp_path):
+def test_what_else_a_cache_names_is_dropped_and_told(use, clean, table, tmp_path):
     builder = use("implicit")
-    more = CalibrationTable("entropy", {**table.amax, "(Unnamed Layer* 3) [Shuffle]": 1.0})
-    run(clean, "int8", more, tmp_path / "int8", route="implicit")
+    more = {**table.amax, "(Unnamed Layer* 3) [Shuffle]": 1.0, "strange": 1.0}
+    manifest = run(clean, "int8", CalibrationTable("entropy", more, 8502), tmp_path / "int8", route="implicit")
     assert dict(builder.requests[0].table.amax) == dict(table.amax)
+    assert "1 ranges of tensors that the graph does not have: strange" in manifest.notes
+    assert any("its header names TensorRT 8502" in note for note in manifest.notes)
+
+
+def test_a_cache_in_the_raw_exports_names(use, clean, table, tmp_path):
+    builder = use("implicit")
+    model = onnx.load(clean)
+    some = [name for name in table.amax if name not in ("image", "logits")][:2]
+    write_raw_names(model, {name: f"/raw/{name}" for name in some})
+    onnx.save(model, tmp_path / "named.onnx")
+    old = {f"/raw/{name}" if name in some else name: value for name, value in table.amax.items()}
+    manifest = run(tmp_path / "named.onnx", "int8", CalibrationTable("entropy", old), tmp_path / "o", route="implicit")
+    assert dict(builder.requests[0].table.amax) == dict(table.amax)
+    assert any(note.startswith("2 ranges of the calibration cache were found under") for note in manifest.notes)
+
+
+def test_a_cache_that_was_made_for_another_graph(use, clean, table, tmp_path):
+    use("explicit")
+    report = CalibrationReport("entropy", "cpu", 2048, 1, ("a",), "i", "0" * 64, "p", "c", (), 1.0, 1.0)
+    with pytest.raises(CalibrationError, match="was made for another graph"):
+        run(clean, "int8", CalibrationTable("entropy", table.amax, 8600, report), tmp_path / "int8")
+    assert not list((tmp_path / "int8").iterdir())
 
 
 def test_timing_cache_switched_off(use, clean, tmp_path):

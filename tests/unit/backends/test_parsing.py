@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,10 @@ def refused_net() -> ModelProto:
     ]
     values = {"w": weights(3, 3, 1, 1), "s": np.array([1, 1, 0.5, 0.5], np.float32)}
     return model(nodes, {"x": (1, 3, 8, 8)}, {"y": (1, 3), "m": None}, values, opset=18, domains=["org.example"])
+
+
+def named(refused: Sequence[RefusedNode]) -> list[tuple[str, str]]:
+    return [(node.node, node.op) for node in refused]
 
 
 @needs_parser
@@ -108,9 +113,8 @@ def test_the_first_parser_that_works_is_asked_and_names_itself_beforehand(monkey
     assert said == [ParserVerdict("b", "1.2"), ParserVerdict("b", "1.2", False, refused)]
 
 
+@needs_parser
 def test_what_goes_wrong_in_the_process_is_a_note(tmp_path: Path) -> None:
-    if not RTX:
-        pytest.skip("TensorRT-RTX is not installed")
     verdict = parse_verdict(tmp_path / "none.onnx")
     assert verdict.accepted is None
     assert "none.onnx" in verdict.note

@@ -10,8 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.calibration.algorithms import ALGORITHMS, entropy, kl_divergences, minmax
+from pipeline.calibration.algorithms import (
+    ALGORITHMS,
+    choose_amax,
+    entropy,
+    kl_divergences,
+    minmax,
+    mse,
+    percentile,
+    squared_errors,
+)
 from pipeline.calibration.histogram import Histogram
+from pipeline.config import CalibrateConfig
 
 RNG = np.random.default_rng(7)
 NORMAL = RNG.normal(size=1_000_000)
@@ -52,6 +62,52 @@ def test_divergences_are_those_of_the_plain_loops(counts: list[int]) -> None:
     fast = kl_divergences(array)
     slow = [plain_divergence(array, i) for i in range(128, len(array) + 1)]
     np.testing.assert_allclose(fast, slow, rtol=1e-9, atol=1e-11)
+
+
+def plain_squared_error(counts: np.ndarray, i: int) -> float:
+    """Bin by bin: each value is its bin's centre, and becomes the nearest of 128 levels."""
+    step, total = i / 127, 0.0
+    for j, count in enumerate(counts):
+        value = j + 0.5
+        level = min(math.floor(value / step + 0.5), 127)
+        total += count * (value - level * step) ** 2
+    return total / float(counts.sum())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.one_of(st.just(0), st.integers(0, 10**5)), min_size=140, max_size=260).filter(any))
+def test_squared_errors_are_those_of_the_plain_loops(counts: list[int]) -> None:
+    array = np.array(counts, np.float64)
+    slow = [plain_squared_error(array, i) for i in range(128, len(array) + 1)]
+    np.testing.assert_allclose(squared_errors(array), slow, rtol=1e-7, atol=1e-7)
+
+
+def quantized(x: np.ndarray, amax: float) -> np.ndarray:
+    step = amax / 127
+    return np.clip(np.round(x / step), -127, 127) * step
+
+
+@pytest.mark.parametrize(
+    "x", [NORMAL, np.maximum(NORMAL, 0), RNG.laplace(size=200_000)], ids=["normal", "relu", "laplace"]
+)
+def test_mse_is_the_least_error_on_the_values_themselves(x: np.ndarray) -> None:
+    chosen = mse(counted(x))
+    errors = {amax: float(np.mean((x - quantized(x, amax)) ** 2)) for amax in np.linspace(0.5, 1, 51) * np.abs(x).max()}
+    assert float(np.mean((x - quantized(x, chosen)) ** 2)) < 1.01 * min(errors.values())
+
+
+@pytest.mark.parametrize("percent", [50, 99, 99.9, 99.99])
+def test_percentile_is_that_of_the_values(percent: float) -> None:
+    histogram = counted(NORMAL)
+    assert percentile(histogram, percent=percent) == pytest.approx(
+        np.quantile(np.abs(NORMAL), percent / 100), abs=2 * histogram.width
+    )
+    config = CalibrateConfig(percentile=percent)
+    assert choose_amax(histogram, "percentile", config) == percentile(histogram, percent=percent)
+
+
+def test_all_of_it_is_minmax() -> None:
+    assert percentile(counted(NORMAL), percent=100) == minmax(counted(NORMAL))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.calibration.table import HEADERS, CalibrationTable, check_table, read_cache
+from pipeline.artifacts import sha256_bytes, to_json
+from pipeline.calibration.report import CalibrationReport
+from pipeline.calibration.table import HEADERS, CalibrationTable, check_table, read_cache, renamed
 from pipeline.errors import CalibrationError
 
 CACHE = "TRT-8600-EntropyCalibration2\nimage: 3c010a14\nconv: 1 + relu: 3d0869e5\n"
@@ -133,13 +135,61 @@ def test_read_cache(tmp_path: Path) -> None:
 
 def test_check_table() -> None:
     table = CalibrationTable.from_cache(CACHE)
-    check_table(table, ["image", "conv: 1 + relu"], "my.cache")
-    with pytest.raises(CalibrationError, match=r"my\.cache is the calibration cache of another model") as missing:
-        check_table(table, ["image", "conv: 1 + relu", "up", "logits"], "my.cache")
+    own = ["image", "conv: 1 + relu"]
+    assert check_table(table, own, own) == []
+    assert check_table(table, ["image"], ["image", "up"]) == ["conv: 1 + relu"]
+    with pytest.raises(CalibrationError, match=r"my\.cache lacks 2 of the ranges needed") as missing:
+        check_table(table, [*own, "up", "logits"], [*own, "up", "logits"], "my.cache")
     assert missing.value.got == "2 missing: up, logits"
-    with pytest.raises(CalibrationError) as unknown:
-        check_table(table, ["image"], "my.cache")
-    assert unknown.value.got == "1 unknown: conv: 1 + relu"
-    with pytest.raises(CalibrationError) as many:
-        check_table(table, [f"t{n}" for n in range(9)], "my.cache")
-    assert many.value.got == "9 missing: t0, t1, t2, t3, t4 and 4 more; 2 unknown: conv: 1 + relu, image"
+    with pytest.raises(CalibrationError, match=r"my\.cache belongs to another graph") as many:
+        check_table(table, [f"t{n}" for n in range(9)], [f"t{n}" for n in range(9)], "my.cache")
+    assert many.value.got == "9 missing: t0, t1, t2, t3, t4 and 4 more; 2 unknown: image, conv: 1 + relu"
+
+
+def test_raw_names() -> None:
+    table = CalibrationTable("minmax", {"x": 1.0, "/inc/Relu_output_0": 2.0, "kept": 3.0})
+    names = {"inc.relu": "/inc/Relu_output_0", "absent": "nowhere"}
+    assert dict(renamed(table, names).amax) == {"x": 1.0, "inc.relu": 2.0, "kept": 3.0}
+
+
+def test_names_that_changed_places() -> None:
+    """A table that holds every clean name speaks in these, though the raw export used them for other tensors."""
+    table = CalibrationTable("minmax", {"a": 1.0, "b": 2.0})
+    assert renamed(table, {"a": "b", "b": "a"}) == table
+
+
+def write_with_report(folder: Path, name: str, report_name: str) -> Path:
+    table = CalibrationTable("percentile", {"image": 1.0})
+    path = folder / name
+    path.write_text(table.to_cache(8600))
+    report = CalibrationReport(
+        "percentile", "cpu", 2048, 1, ("a",), "i", "g", "p", sha256_bytes(path.read_bytes()), (), 1.0, 1.0
+    )
+    (folder / report_name).write_bytes(to_json(report))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "report"),
+    [
+        ("calibration.cache", "report.json"),
+        ("calibration.cache", "calibration.cache.json"),
+        ("my.cache", "my.cache.json"),
+    ],
+)
+def test_the_report_beside_a_cache(tmp_path: Path, name: str, report: str) -> None:
+    path = write_with_report(tmp_path, name, report)
+    assert path.read_text().startswith("TRT-8600-EntropyCalibration2")
+    table = read_cache(path)
+    assert (table.algorithm, table.version) == ("percentile", 8600)
+    assert table.report is not None
+    assert table.report.graph_sha256 == "g"
+    path.write_text(path.read_text().replace("3c", "3d"))  # one flipped bit, and still a number
+    with pytest.raises(CalibrationError, match="is not what calibration wrote"):
+        read_cache(path)
+
+
+def test_the_report_of_another_cache_is_not_looked_at(tmp_path: Path) -> None:
+    write_with_report(tmp_path, "calibration.cache", "report.json")
+    (tmp_path / "old.cache").write_text(CACHE)
+    assert read_cache(tmp_path / "old.cache").report is None

@@ -349,6 +349,20 @@ def test_scales_before_that_stay() -> None:
     )
 
 
+def test_pixels_are_scaled_before_the_convolution() -> None:
+    """Weights a 255th as large would lose digits in FP16."""
+    nodes = [
+        node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        node("Transpose", ["f"], ["t"], perm=[0, 3, 1, 2]),
+        node("Mul", ["t", "k"], ["m"]),
+        node("Conv", ["m", "w"], ["y"], name="conv"),
+    ]
+    values = {"w": weights(6, 4, 3, 3), "k": np.float32(1 / 255)}
+    for kind, folds in ((TensorProto.UINT8, False), (TensorProto.FLOAT16, True)):
+        original = model(nodes, {"x": (2, 8, 8, 4)}, {"y": [None] * 4}, values, input_type=kind)
+        assert ("Mul" in ops(run_passes(original, [FoldBatchNorm()])[0])) == (not folds)
+
+
 def test_a_whole_cleaning_names_the_folded_convolution_after_its_module() -> None:
     nodes = [node("Conv", ["x", "inc.0.weight"], ["c"], name="whatever", pads=[1] * 4), batchnorm("c", "y")]
     original = net(nodes, {"inc.0.weight": weights(6, 4, 3, 3)})

@@ -16,7 +16,7 @@ from pipeline.graph.constants import (
     LowerConstants,
     OwnInitializers,
     RemoveIdentities,
-    RemoveNoOps,
+    RemoveNoOpArithmetic,
     RemoveUnused,
     SimplifyCasts,
     UnlistInitializers,
@@ -399,7 +399,7 @@ def no_op_net(op: str, inputs: list[str], constant: np.ndarray, given: tuple[int
 @pytest.mark.parametrize(("op", "inputs", "constant"), NO_OPS)
 def test_arithmetic_that_changes_nothing_goes(op: str, inputs: list[str], constant: np.ndarray) -> None:
     original = no_op_net(op, inputs, constant, (4, 2, 3))
-    removed, runs = run_passes(original, [RemoveNoOps()])
+    removed, runs = run_passes(original, [RemoveNoOpArithmetic()])
     assert ops(removed) == ["Neg", "Exp"]
     assert runs[0].result.fired == ((f"no-op-{op.lower()}", "op"),)
     feed = image(4, 2, 3)
@@ -410,18 +410,18 @@ def test_arithmetic_that_changes_nothing_goes(op: str, inputs: list[str], consta
 @pytest.mark.parametrize(("op", "inputs", "constant"), OPS)
 def test_arithmetic_that_changes_something_stays(op: str, inputs: list[str], constant: np.ndarray) -> None:
     original = no_op_net(op, inputs, constant, (4, 2, 3))
-    assert run_passes(original, [RemoveNoOps()])[0] == original
+    assert run_passes(original, [RemoveNoOpArithmetic()])[0] == original
 
 
 def test_ones_that_raise_the_rank_or_could_widen_an_axis_stay() -> None:
     original = no_op_net("Mul", ["r", "k"], np.ones((1, 1, 1, 1), F), (4, 2, 3))
     original.graph.output[0].type.tensor_type.shape.dim.add()
-    assert run_passes(original, [RemoveNoOps()])[0] == original
+    assert run_passes(original, [RemoveNoOpArithmetic()])[0] == original
     for given in [(4, 1, 3), (4, "C", 3)]:
         original = no_op_net("Mul", ["r", "k"], np.ones((2, 1), F), given)
-        assert run_passes(original, [RemoveNoOps()])[0] == original
+        assert run_passes(original, [RemoveNoOpArithmetic()])[0] == original
     original = no_op_net("Mul", ["r", "k"], np.ones((1, 1), F), ("N", "C", "W"))
-    assert ops(run_passes(original, [RemoveNoOps()])[0]) == ["Neg", "Exp"]
+    assert ops(run_passes(original, [RemoveNoOpArithmetic()])[0]) == ["Neg", "Exp"]
 
 
 def test_a_power_of_integers_and_old_broadcasting_stay() -> None:
@@ -438,21 +438,21 @@ def test_a_power_of_integers_and_old_broadcasting_stay() -> None:
         input_type=T.INT64,
         output_type=T.INT64,
     )
-    assert run_passes(power, [RemoveNoOps()])[0] == power
+    assert run_passes(power, [RemoveNoOpArithmetic()])[0] == power
     old = no_op_net("Mul", ["r", "k"], np.ones(2, F), (4, 2, 3))
     old.opset_import[0].version = 6
     old.graph.node[1].attribute.extend([helper.make_attribute("broadcast", 1), helper.make_attribute("axis", 1)])
-    assert run_passes(old, [RemoveNoOps()])[0] == old
+    assert run_passes(old, [RemoveNoOpArithmetic()])[0] == old
     one = no_op_net("Mul", ["r", "k"], F([1]), (4, 2, 3))
     one.opset_import[0].version = 6
-    assert run_passes(one, [RemoveNoOps()])[0] == one
+    assert run_passes(one, [RemoveNoOpArithmetic()])[0] == one
 
 
 def test_a_zero_whose_sign_a_division_shows_is_added() -> None:
     original = no_op_net("Add", ["r", "k"], F(0), (3,), last="Reciprocal")
-    assert run_passes(original, [RemoveNoOps()])[0] == original
+    assert run_passes(original, [RemoveNoOpArithmetic()])[0] == original
     negative = no_op_net("Add", ["r", "k"], F(-0.0), (3,), last="Reciprocal")
-    removed, _ = run_passes(negative, [RemoveNoOps()])
+    removed, _ = run_passes(negative, [RemoveNoOpArithmetic()])
     assert ops(removed) == ["Neg", "Reciprocal"]
     alike(negative, removed, F([0, -0.0, 1]))
 

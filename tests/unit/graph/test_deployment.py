@@ -20,7 +20,9 @@ from pipeline.graph.cleaning import clean_model
 from pipeline.graph.deployment import BakedEquality, bake, check_baked, output_kind
 from pipeline.graph.half import to_half
 from pipeline.graph.io import read_card, write_card
-from pipeline.graph.quantize import quantizable_tensors, quantize
+from pipeline.graph.placement import quantizable_tensors
+from pipeline.graph.promises import RAW_NAMES_KEY, write_multiples
+from pipeline.graph.quantize import quantize
 from pipeline.graph.shapes import element_type, infer
 from tests.tiny_unet import tiny_unet
 from tests.unit.graph.builders import array, conv_net, model, ops, run, weights
@@ -73,7 +75,40 @@ def test_every_combination_is_the_same_network(source: Any, output: Any, dynamic
     before_nodes = {node.name: node for node in before.graph.node}
     after = {node.name: node for node in baked.graph.node}
     assert set(before_nodes) <= set(after)
-    assert all(list(after[name].output) == list(node.output) for name, node in before_nodes.items())
+    inside = {"logits": "logits" if output == "logits" else "head"}
+    assert all(
+        after[name].output[0] == inside.get(node.output[0], node.output[0]) for name, node in before_nodes.items()
+    )
+
+
+@pytest.mark.parametrize("output", ["logits", "labels", "probabilities"])
+@pytest.mark.parametrize("source", ["float", "image"])
+@pytest.mark.parametrize("spec", [{}, {"scale": 1.0}, {"scale": 1.0, "mean": (128.0, 0.0, 3.0)}, {"mean": (0.5,)}])
+def test_a_baked_graph_is_clean(source: Any, output: Any, spec: dict[str, Any]) -> None:
+    """Scales stay in front of the first convolution, and names are those that cleaning gives."""
+    for before in (clean(), clean(batch="batch", size="side")):
+        write_multiples(before, {"height": 4, "width": 32})
+        card = card_of(PreprocessingConfig(height=32, width=32, **spec))
+        baked = bake(before, card, input=source, output=output)
+        assert clean_model(baked)[0].SerializeToString(deterministic=True) == baked.SerializeToString(
+            deterministic=True
+        )
+
+
+def test_a_layout_that_the_network_undoes_is_not_made() -> None:
+    """A network in NHWC takes the image as it comes; its own names give way to those of the preprocessing."""
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["t"], name="image.transpose", perm=[0, 2, 3, 1]),
+        helper.make_node("MatMul", ["t", "w"], ["m"], name="m"),
+        helper.make_node("Transpose", ["m"], ["y"], name="last", perm=[0, 3, 1, 2]),
+    ]
+    before = model(nodes, {"image": (1, 3, 8, 8)}, {"y": (1, 2, 8, 8)}, {"w": weights(3, 2)})
+    spec = PreprocessingConfig(height=8, width=8, mean=(0.5, 0.4, 0.3))
+    before = clean_model(before)[0]
+    baked = bake(before, card_of(spec, 2), input="image", output="labels")
+    assert clean_model(baked)[0].SerializeToString() == baked.SerializeToString()
+    assert certificate(before, baked, card_of(spec, 2)).passed
+    assert ops(baked) == ["Cast", "Mul", "Add", "MatMul", "ArgMax", "Cast"]
 
 
 def test_names_types_and_axes() -> None:
@@ -85,7 +120,7 @@ def test_names_types_and_axes() -> None:
     added = [node.name for node in baked.graph.node if node.name not in {n.name for n in before.graph.node}]
     assert added == ["image.cast", "image.transpose", "image.mul", "image.add", "head.argmax", "head.cast"]
     assert quantizable_tensors(baked) == ("image.add", *quantizable_tensors(before)[1:])
-    assert element_type(infer(baked)["logits"]) == FLOAT
+    assert element_type(infer(baked)["head"]) == FLOAT
     soft = bake(before, card_of(), input="float", output="probabilities")
     assert specs(soft.graph.output) == [("probabilities", FLOAT, ["batch", 3, "side_height", "side_width"])]
     assert specs(soft.graph.input) == specs(before.graph.input)
@@ -107,7 +142,9 @@ def test_metadata_and_the_card_stay() -> None:
     before.metadata_props.append(onnx.StringStringEntryProto(key="mine", value="kept"))
     baked = bake(before, card_of(), input="image", output="probabilities")
     assert read_card(baked) == card_of()
-    assert baked.metadata_props == before.metadata_props
+    kept = {entry.key: entry.value for entry in baked.metadata_props}
+    assert kept.pop(RAW_NAMES_KEY)  # what baking renames is told as well
+    assert kept == {entry.key: entry.value for entry in before.metadata_props if entry.key != RAW_NAMES_KEY}
     assert "rgb" in baked.graph.input[0].doc_string
 
 
@@ -291,8 +328,8 @@ def test_half_leaves_preparation_and_softmax_in_float32() -> None:
     half = to_half(bake(clean(), card_of(), input="image", output="probabilities"))
     found = types(half)
     float32 = ("image.cast", "image.transpose", "image.mul", "image.add", "image.mul.factor", "image.add.offset")
-    assert {found[name] for name in (*float32, "logits.float", "probabilities")} == {FLOAT}
-    assert {found[name] for name in ("image.add.half", "down0.weight", "head.weight", "logits")} == {HALF}
+    assert {found[name] for name in (*float32, "head.float", "probabilities")} == {FLOAT}
+    assert {found[name] for name in ("image.add.half", "down0.weight", "head.weight", "head")} == {HALF}
     assert ops(half).count("Cast") == 3
     assert array(half, "image.mul.factor").dtype == np.float32
 
@@ -300,7 +337,7 @@ def test_half_leaves_preparation_and_softmax_in_float32() -> None:
 def test_half_lets_argmax_read_fp16() -> None:
     before = clean()
     half = to_half(bake(before, card_of(), input="image", output="labels"))
-    assert types(half)["logits"] == HALF
+    assert types(half)["head"] == HALF
     assert ops(half)[-3:] == ["Conv", "ArgMax", "Cast"]
     assert ops(half).count("Cast") == 3
     proof = certificate(before, half, card_of())

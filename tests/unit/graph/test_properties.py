@@ -18,7 +18,7 @@ from pipeline.graph.cleaning import clean_model
 from tests.unit.graph.builders import image
 
 TOLERANCE = 1e-5
-EXAMPLES = 120
+EXAMPLES = 100
 NCHW, NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 FREE = np.iinfo(np.int64).max
 
@@ -199,13 +199,15 @@ class Network:
         return Tensor(self.node("Transpose", last, perm=NCHW), x.channels * (1 + (form == "concat")), x.size)
 
     def cut(self, x: Tensor) -> Tensor:
-        """Pads that are zero, or that a Slice takes away again."""
+        """Pads that are zero, or that a Slice or a negative Pad takes away again."""
         amount = self.pick(0, 1)
         pads = self.constant([0, 0, amount, amount, 0, 0, amount, amount])
         value = [self.constant(0, np.float32)] if self.pick(True, False) else []
         padded = self.node("Pad", x.name, pads, *value, mode=self.pick("constant", "reflect", "edge"))
-        if amount:
+        if amount and self.pick(True, False):
             padded = self.slice(padded, [1, 1], [-1, -1], [2, 3])
+        elif amount:
+            padded = self.node("Pad", padded, self.constant([0, 0, -1, -1, 0, 0, -1, -1]))
         return Tensor(padded, x.channels, x.size)
 
     def whole(self, x: Tensor) -> Tensor:
@@ -230,9 +232,20 @@ class Network:
     def doubles(self, x: Tensor) -> Tensor:
         """The same thing computed twice."""
         one, two = self.node("Relu", x.name), self.node("Relu", x.name)
-        if self.pick(True, False):
+        form = self.pick("add", "stack", "concat")
+        if form == "add":
             return Tensor(self.node("Add", one, two), x.channels, x.size)
+        if form == "stack":
+            return Tensor(self.mean(one, two, x.name), x.channels, x.size)
         return Tensor(self.node("Concat", one, two, axis=1), 2 * x.channels, x.size)
+
+    def mean(self, *tensors: str) -> str:
+        """Their mean by way of a stack."""
+        axis = self.pick(0, 1, 4)
+        stack = self.node("Concat", *[self.with_axes("Unsqueeze", tensor, axis) for tensor in tensors], axis=axis)
+        if self.opset < 18:
+            return self.node("ReduceMean", stack, axes=[axis], keepdims=0)
+        return self.node("ReduceMean", stack, self.constant([axis]), keepdims=0)
 
     def branch(self, x: Tensor) -> Tensor:
         """An If that captures outer tensors."""

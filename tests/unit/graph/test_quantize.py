@@ -10,7 +10,8 @@ from onnx import TensorProto, helper
 from pipeline.calibration.table import CalibrationTable
 from pipeline.errors import CalibrationError, ConfigError, ModelError
 from pipeline.graph.emulate import exactly_rounded
-from pipeline.graph.quantize import activation_tensors, quantizable_tensors, quantize
+from pipeline.graph.placement import activation_tensors, quantizable_tensors
+from pipeline.graph.quantize import quantize
 from tests.unit.graph.builders import array, conv_net, image, model, ops, run, weights
 
 TABLE = CalibrationTable("minmax", {"image": 4.0, "a": 9.0, "a.relu": 5.0, "b": 9.0, "b.relu": 6.0, "logits": 9.0})
@@ -177,7 +178,7 @@ def test_an_opset_that_cannot_be_raised_is_an_error() -> None:
 
 def test_missing_ranges_are_listed() -> None:
     amax = {name: value for name, value in TABLE.amax.items() if name != "b.relu"}
-    with pytest.raises(CalibrationError, match=r"lacks 1 of the tensors[\s\S]*b\.relu"):
+    with pytest.raises(CalibrationError, match=r"lacks 1 of the ranges[\s\S]*b\.relu"):
         quantize(conv_net(), CalibrationTable("minmax", amax), half=False)
     quantized = quantize(conv_net(), CalibrationTable("minmax", amax), half=False, exclude=["c"])
     assert ops(quantized).count("QuantizeLinear") == 4

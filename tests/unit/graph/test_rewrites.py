@@ -14,6 +14,7 @@ from pipeline.graph.base import Pass, PassResult, run_passes
 from pipeline.graph.cleaning import clean_model
 from pipeline.graph.names import StableNames
 from pipeline.graph.padding import RemoveZeroPads
+from pipeline.graph.promises import read_raw_names
 from tests.unit.graph.builders import conv_net, image, model, ops, run, weights
 
 
@@ -144,3 +145,20 @@ def test_an_integer_output_and_a_uint8_input_survive() -> None:
     assert [node.name for node in cleaned.graph.node] == ["x.cast", "a", "a.argmax", "a.cast"]
     feed = np.random.default_rng(0).integers(0, 255, (1, 2, 4, 4)).astype(np.uint8)
     assert (run(original, x=feed)[0] == run(cleaned, x=feed)[0]).all()
+
+
+def test_the_raw_exports_names_are_kept_for_older_caches() -> None:
+    original = conv_net()
+    for node in original.graph.node:
+        node.name = f"/{node.name}/node"
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                if name in ("a", "a.relu", "b", "b.relu"):
+                    names[place] = f"/made/up/{name}_output_0"
+    cleaned, _ = clean_model(original)
+    names = read_raw_names(cleaned)
+    made = {tensor for node in cleaned.graph.node for tensor in node.output} - {"logits"}
+    assert {tensor: names[tensor] for tensor in made} == {tensor: f"/made/up/{tensor}_output_0" for tensor in made}
+    again, runs = clean_model(cleaned)
+    assert not any(step.result.modified for step in runs)
+    assert again.SerializeToString() == cleaned.SerializeToString()

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.graph.base import import_graph
+from pipeline.graph.promises import write_multiples
 from pipeline.graph.symbolic import Symbolic
 from pipeline.graph.symbols import Atom, Expr, Symbol, substitute
 from tests.unit.graph.builders import model, weights
@@ -170,3 +171,20 @@ def test_an_integer_division_that_may_be_negative_stays_unknown() -> None:
     ]
     graph = import_graph(net(nodes, ["q"], {"ten": np.array([10]), "two": np.array([2])}))
     assert Symbolic(graph).value(graph.tensors()["q"]) is None
+
+
+def test_a_baked_in_image_has_its_axes_elsewhere() -> None:
+    """What is promised of height and width holds for axes 1 and 2 of uint8 (N, H, W, C)."""
+    images = (
+        (TensorProto.UINT8, ("N", "H", "W", 3), {1: "H/16", 2: "W/8"}),
+        (TensorProto.FLOAT, ("N", 3, "H", "W"), {2: "H/16", 3: "W/8"}),
+    )
+    for kind, shape, names in images:
+        proto = model(
+            [helper.make_node("Identity", ["x"], ["y"])], {"x": shape}, {"y": shape}, input_type=kind, output_type=kind
+        )
+        write_multiples(proto, {"height": 16, "width": 8})
+        graph = import_graph(proto)
+        found = Symbolic(graph).shape(graph.inputs[0])
+        assert found is not None
+        assert {axis: next(iter(symbols_of(found[axis]))).name for axis in names} == names

@@ -1,0 +1,97 @@
+"""What calibration leaves beside its cache: where every range comes from, and what the tensor held."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.artifacts import SCHEMA_VERSION, from_json, sha256_bytes
+from pipeline.errors import CalibrationError
+
+CACHE_FILE, REPORT_FILE = "calibration.cache", "report.json"
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """What one tensor held, and the range chosen for it, in the tensor's unit.
+
+    Attributes:
+        clipped: share of values with |value| > amax, 0…1.
+        images: how many were seen.
+        minimum, maximum, clipped: None where TensorRT calibrated.
+    """
+
+    tensor: str
+    amax: float
+    images: int
+    minimum: float | None = None
+    maximum: float | None = None
+    clipped: float | None = None
+
+
+@dataclass(frozen=True)
+class AlgorithmTrial:
+    """How an algorithm's ranges did on the held-out images: ``agreement`` is the share of pixels with FP32's class."""
+
+    algorithm: str
+    agreement: float
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """Where a calibration cache comes from.
+
+    Attributes:
+        algorithm: that chose the ranges; with ``auto``, the one that was kept.
+        calibrator: cpu, gpu or tensorrt.
+        images_sha256: of the images' pixels, independent of their names and order.
+        skipped: images that could not be decoded, with ``calibrate.skip_bad``.
+        trials: with ``auto``, best first; ``held_out`` images judged them.
+        seconds: of the whole calibration; ``collect_seconds`` of them for running the graph and counting.
+    """
+
+    algorithm: str
+    calibrator: str
+    bins: int
+    image_count: int
+    images: tuple[str, ...]
+    images_sha256: str
+    graph_sha256: str
+    preprocessing_sha256: str
+    cache_sha256: str
+    tensors: tuple[TensorRange, ...]
+    seconds: float
+    collect_seconds: float
+    notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    trials: tuple[AlgorithmTrial, ...] = ()
+    held_out: int = 0
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+
+def report_beside(cache: Path, data: bytes) -> CalibrationReport | None:
+    """The report of a cache: ``<cache>.json``, or ``report.json`` beside a ``calibration.cache``; None without one.
+
+    Args:
+        data: what the cache file holds.
+
+    Raises:
+        CalibrationError: the cache is not what calibration wrote.
+        BuildFolderError: the report cannot be read.
+    """
+    own = cache.with_name(cache.name + ".json")
+    places = [own, cache.with_name(REPORT_FILE)] if cache.name == CACHE_FILE else [own]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        return None
+    report = from_json(CalibrationReport, file)
+    if report.cache_sha256 != sha256_bytes(data):
+        raise CalibrationError(
+            f"{cache} is not what calibration wrote",
+            expected=f"sha256 {report.cache_sha256[:12]}…, as {file} says",
+            got=f"{sha256_bytes(data)[:12]}…",
+            fix=f"calibrate again or restore the file; to use changed ranges on purpose, remove {file.name}",
+        )
+    return report
