@@ -202,7 +202,7 @@ def calibrate(
     algorithm: Annotated[
         str | None, typer.Option(help="entropy, minmax, percentile, mse, or auto.", show_default="entropy")
     ] = None,
-    calibrator: Annotated[str | None, typer.Option(help="cpu, gpu, tensorrt, or auto.", show_default="auto")] = None,
+    calibrator: Annotated[str | None, typer.Option(help="cpu, gpu, tensorrt, or auto.", show_default="cpu")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that cannot be decoded.")] = False,
     config: ConfigOption = None,
     build_dir: BuildOption = BUILD,

@@ -8,11 +8,9 @@ import contextlib
 import functools
 import itertools
 import logging
-import queue
 import tempfile
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from onnx import ModelProto, TensorProto
 
 from pipeline.artifacts import Profile, TensorSpec
 from pipeline.backends import cuda, nvrtc, tensorrt
+from pipeline.backends.ahead import Ahead
 from pipeline.backends.base import BuildRequest, check_feeds
 from pipeline.backends.runner import EngineRunner
 from pipeline.calibration.histogram import BINS, EXPONENT_OF_BINS, SMALLEST_EXPONENT, Histogram, merge_concatenated
@@ -46,8 +45,8 @@ PIECE = 1 << 18
 # As the structures of the same names in the source.
 PIECES = np.dtype([("values", np.uint64), ("size", np.uint32), ("tensor", np.uint32)])
 STATES = np.dtype([("low", np.uint32), ("high", np.uint32), ("exponent", np.int32), ("rest", np.uint32)])
-# Images under way on the GPU, and images read ahead of them.
-SLOTS, AHEAD = 2, 3
+# Images under way on the GPU.
+SLOTS = 2
 # The engine runs once an image, so building it in seconds matters more than how fast it is.
 OPTIMIZATION_LEVEL = 0
 
@@ -88,7 +87,7 @@ def gpu_histograms(
     unions = concatenations(model, tensors)
     parts = [tensor for tensor in tensors if tensor not in unions]
     histograms = {tensor: Histogram(tensor) for tensor in tensors}
-    with _Ahead(images) as ahead:
+    with Ahead(images) as ahead:
         first = next(ahead, None)
         if first is None:
             raise CalibrationError(
@@ -263,62 +262,6 @@ class _Slot:
                 )
 
 
-class _End:
-    """What a thread puts behind its last item."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
-
-
-class _Ahead(Iterator[Named]):
-    """Reads an iterable on a thread, at most ``AHEAD`` items ahead; a context manager.
-
-    What the iterable raises is raised where its item would have come. Leaving the context stops the thread after the
-    item that it is reading, and closes the iterable where it is a generator.
-    """
-
-    def __init__(self, items: Iterable[Named]) -> None:
-        self._items = items
-        self._queue: queue.Queue[Named | _End] = queue.Queue(AHEAD)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="calibration images", daemon=True)
-        self._thread.start()
-
-    def __next__(self) -> Named:
-        item = self._queue.get()
-        if not isinstance(item, _End):
-            return item
-        if item.error is not None:
-            raise item.error
-        raise StopIteration
-
-    def __enter__(self) -> _Ahead:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            # Afterwards there is room for the item and the end that the thread may still put.
-            while True:
-                self._queue.get_nowait()
-        self._thread.join()
-
-    def _read(self) -> None:
-        error: BaseException | None = None
-        try:
-            for item in self._items:
-                if self._stop.is_set():
-                    break
-                self._queue.put(item)
-            if hasattr(self._items, "close"):
-                self._items.close()
-        except BaseException as caught:
-            error = caught
-        self._queue.put(_End(error))
-
-
 def _require() -> Any:
     """The module ``tensorrt``, where all that is needed is here.
 
@@ -341,7 +284,7 @@ def _require() -> Any:
 @functools.cache
 def _code(capability: str) -> bytes:
     defines = {"BINS": BINS, "LOG_BINS": EXPONENT_OF_BINS, "THREADS": THREADS}
-    return nvrtc.compile_source(SOURCE.read_text(), SOURCE.name, capability, defines)
+    return nvrtc.compile_source(SOURCE.read_text(encoding="utf-8"), SOURCE.name, capability, defines)
 
 
 def _check_fits(spec: TensorSpec, named: Named) -> None:

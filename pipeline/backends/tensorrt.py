@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.artifacts import Profile
 from pipeline.backends import cuda, nvinfer
+from pipeline.backends.ahead import Ahead
 from pipeline.backends.base import Arrays, BuildRequest, BuildResult, Capabilities, RouteName
 from pipeline.backends.trt_api import version_number
 from pipeline.calibration.table import HEADERS, CalibrationTable
@@ -133,7 +133,8 @@ def calibrate_with_tensorrt(
 
     Args:
         model: the clean FP32 graph.
-        batches: arrays by input name, all of one shape, of the inputs' dtypes; for a static graph, of its shape.
+        batches: arrays by input name, all of one shape, of the inputs' dtypes; for a static graph, of its shape. Read
+            ahead on a thread while TensorRT works.
         config: for the workspace; the engine is built at the lowest optimization level.
 
     Raises:
@@ -148,10 +149,18 @@ def calibrate_with_tensorrt(
             f"TensorRT {trt.__version__} has no calibrators",
             fix="use calibrate.calibrator: pipeline, which needs no GPU",
         )
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise CalibrationError("there are no calibration images", expected="at least one batch", fix="name more images")
+    with Ahead(batches) as ahead:
+        first = next(ahead, None)
+        if first is None:
+            raise CalibrationError(
+                "there are no calibration images", expected="at least one batch", fix="name more images"
+            )
+        return _calibrate(trt, model, first, ahead, algorithm, config)
+
+
+def _calibrate(
+    trt: Any, model: Path, first: Arrays, rest: Iterator[Arrays], algorithm: Algorithm, config: EngineConfig
+) -> CalibrationTable:
     builder = nvinfer.create_builder(trt)
     _require_fast(builder, "int8")
     network = nvinfer.create_network(trt, builder, strongly_typed=False)
@@ -171,7 +180,7 @@ def calibrate_with_tensorrt(
     )
     if profile is not None:
         settings.set_calibration_profile(profile)
-    feeder = _Feeder(itertools.chain([first], iterator), {s.name: (s.shape, s.dtype) for s in inputs}, shapes)
+    feeder = _Feeder(itertools.chain([first], rest), {s.name: (s.shape, s.dtype) for s in inputs}, shapes)
     try:
         calibrator = _calibrator(trt, algorithm, feeder)
         settings.int8_calibrator = calibrator
@@ -239,6 +248,7 @@ class _Feeder:
         self._specs = specs
         self._shapes = shapes
         self._stream = cuda.Stream()
+        self._pinned: dict[str, cuda.PinnedArray] = {}
         self._buffers: dict[str, cuda.DeviceBuffer] = {}
 
     def next_addresses(self, names: list[str]) -> list[int] | None:
@@ -248,9 +258,9 @@ class _Feeder:
             batch = next(self._batches, None)
             if batch is None:
                 return None
-            held = [self._upload(name, batch) for name in names]
+            for name in names:
+                self._upload(name, batch)
             self._stream.synchronize()
-            del held
             self.count += 1
             return [self._buffers[name].address for name in names]
         except BaseException as error:
@@ -260,12 +270,14 @@ class _Feeder:
     def close(self) -> None:
         for buffer in self._buffers.values():
             buffer.close()
+        for pinned in self._pinned.values():
+            pinned.close()
         self._stream.close()
 
-    def _upload(self, name: str, batch: Arrays) -> NDArray[Any]:
+    def _upload(self, name: str, batch: Arrays) -> None:
         if name not in batch:
             raise CalibrationError(f"calibration batch {self.count} lacks input {name}", got=", ".join(batch))
-        array = np.ascontiguousarray(batch[name])
+        array = batch[name]
         shape, dtype = self._specs[name]
         expected = tuple(
             have if isinstance(want, str) else want for want, have in zip(shape, self._shapes[name], strict=True)
@@ -278,9 +290,10 @@ class _Feeder:
                 fix="feed batches of one size; for a static graph, of its size",
             )
         if name not in self._buffers:
+            self._pinned[name] = cuda.PinnedArray(array.shape, array.dtype)
             self._buffers[name] = cuda.DeviceBuffer(array.nbytes)
-        self._buffers[name].upload(array, self._stream)
-        return array
+        np.copyto(self._pinned[name].array, array)
+        self._buffers[name].upload(self._pinned[name].array, self._stream)
 
 
 def _calibrator(trt: Any, algorithm: Algorithm, feeder: _Feeder) -> Any:

@@ -54,6 +54,12 @@ class FakeCuda:
     def cudaFree(self, address: int) -> None:
         del self.live[address]
 
+    def cudaMallocHost(self, size: int) -> int:
+        return self.cudaMalloc(size)
+
+    def cudaFreeHost(self, address: int) -> None:
+        self.cudaFree(address)
+
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: Any) -> None:
         ctypes.memmove(target, source, size)
 

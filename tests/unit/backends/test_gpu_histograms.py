@@ -1,6 +1,5 @@
 """Histograms on the GPU without one: the kernels' very source compiled for the CPU, everything around them on fakes."""
 
-import contextlib
 import ctypes
 import itertools
 import logging
@@ -93,11 +92,6 @@ class OnCpu(FakeCuda):
         address = -(-ctypes.addressof(block) // 256) * 256
         self.live[address] = block
         return address
-
-    cudaMallocHost = cudaMalloc
-
-    def cudaFreeHost(self, address):
-        self.cudaFree(address)
 
     def cudaMemsetAsync(self, address, value, size, stream):
         ctypes.memset(address, value, size)
@@ -304,7 +298,7 @@ def collect(device, monkeypatch, tmp_path):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name == "calibration images"]
+    return [thread for thread in threading.enumerate() if thread.name == "reading ahead"]
 
 
 class TestWhole:
@@ -465,43 +459,6 @@ class TestEngine:
             value.type.tensor_type.elem_type = TensorProto.FLOAT16
         with pytest.raises(UnsupportedError, match="tensor x is not float32"):
             self.build(model, ["x", "y"], (1, 2))
-
-
-class TestAhead:
-    def test_all_items_in_order(self):
-        with gpu._Ahead(iter(pairs(20))) as ahead:
-            assert [name for name, _ in ahead] == [f"image {i}" for i in range(20)]
-        assert not threads()
-
-    def test_leaving_early_stops_the_thread_and_closes_the_generator(self):
-        taken, closed = [], threading.Event()
-
-        def endless():
-            try:
-                for number in itertools.count():
-                    taken.append(number)
-                    yield str(number), np.zeros(1)
-            finally:
-                closed.set()
-
-        with contextlib.suppress(KeyboardInterrupt), gpu._Ahead(endless()) as ahead:
-            next(ahead)
-            raise KeyboardInterrupt
-        assert closed.is_set()
-        assert len(taken) <= gpu.AHEAD + 4
-        assert not threads()
-
-    def test_it_never_reads_far_ahead(self):
-        taken = []
-
-        def source():
-            for number in range(50):
-                taken.append(number)
-                yield str(number), np.zeros(1)
-
-        with gpu._Ahead(source()) as ahead:
-            for number, _ in enumerate(ahead):
-                assert len(taken) <= number + gpu.AHEAD + 2
 
 
 def nvrtc_missing():
