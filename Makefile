@@ -7,6 +7,7 @@ PYTHON    ?= python3
 
 VENV     := .venv
 READY    := $(VENV)/.ready
+TYPING   := $(VENV)/typing
 UNET_TRT := $(VENV)/bin/unet-trt
 TEST      = $(VENV)/bin/python -m pytest -n auto --dist worksteal
 # SET="a.b=c d.e=f" overrides keys of the configuration.
@@ -41,10 +42,18 @@ test-matrix: $(READY) ## every export: exporters × opsets × sizes × upsamplin
 test-gpu: ## tests on a GPU host, with the interpreter PYTHON that has TensorRT
 	$(PYTHON) -m pytest tests/gpu -m gpu
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) $(TYPING)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	MYPYPATH=$(TYPING) $(VENV)/bin/mypy
+
+# TensorRT's API for mypy. Not in the environment: there the stubs would ask for TensorRT itself, and look like it.
+# sed mends what is no Python in them: parameters named "in", and one without a default behind some that have one.
+$(TYPING)/.ready: $(READY)
+	rm -rf $(TYPING)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(TYPING) tensorrt-stubs
+	sed -i -e 's/\bin: list\[/in_: list[/' -e 's/channel_axis: int) -> /channel_axis: int = ...) -> /' $(TYPING)/tensorrt_bindings/tensorrt.pyi
+	@touch $@
 
 export: $(READY) ## torch to ONNX
 	$(UNET_TRT) export $(COMMON)
@@ -60,7 +69,7 @@ benchmark: $(READY) ## time what runs here
 	$(UNET_TRT) benchmark $(COMMON) $(CHOSEN)
 report: $(READY) ## write the HTML page
 	$(UNET_TRT) report $(COMMON) $(CHOSEN)
-regress: $(READY) ## compare with baselines/<config>.json
-	$(UNET_TRT) regress $(COMMON) $(CHOSEN)
+regress: $(READY) ## compare with baselines/<config>.json; JUNIT=FILE and MARKDOWN=FILE for CI
+	$(UNET_TRT) regress $(COMMON) $(CHOSEN) $(if $(JUNIT),--junit $(JUNIT)) $(if $(MARKDOWN),--markdown $(MARKDOWN))
 train: $(READY) ## train CONFIG's network from scratch
 	$(UNET_TRT) train -c $(CONFIG) $(SETS)

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import platform
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -33,17 +34,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import CalibrateConfig, Config, EngineConfig, ProfileRange, load_config
+from pipeline.metrics.interleaving import interleave
+from pipeline.metrics.latency import CONFIDENCE, Estimate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LARGE = {"in_channels": 1, "classes": 4, "base_channels": 64}
 OPSET = 19
-# Of a copy: the engine inspector's layer types, and what TensorRT writes into the names of copies.
-COPY_TYPES = ("Reformat", "Constant", "Identity", "NoOp", "Shuffle", "Slice")
-COPY_NAMES = (" copy", "copynode")
-SLICE_SECONDS, SLICE_WARMUP_SECONDS = 0.15, 0.03
-SETTLED, SETTLE_TURNS = 0.005, 6
-CONFIDENCE = 0.95
-PROFILED_RUNS = 50
+# Layers that compute nothing.
+COPIES = ("reformat", "concat")
+SLICE_SECONDS, SLICE_WARMUP_SECONDS = 0.08, 0.02
 
 
 @dataclass(frozen=True)
@@ -226,9 +225,9 @@ def _calibrate(path: Path, samples: Any, config: Config) -> Any:
     from pipeline.calibration.table import read_cache
     from pipeline.stages.calibrate import calibrate
 
-    home = path.parent / f"{path.stem}-calibration"
-    calibrate(path, samples, CalibrateConfig(), config.preprocessing, home)
-    return read_cache(home / "calibration.cache")
+    cache = path.with_name(f"{path.stem}-calibration.cache")
+    calibrate(path, samples, CalibrateConfig(), config.preprocessing, cache, cache.with_suffix(".json"))
+    return read_cache(cache)
 
 
 def _calibrated_like(edited: Any, table: Any) -> Any:
@@ -319,8 +318,8 @@ class Bench:
             "device": asdict(cuda.current_device()),
             "tensorrt": self.trt.__version__,
             "python": platform.python_version(),
-            "method": f"batch 1, CUDA events around each inference, CUDA graphs, {rounds} rounds in turns of "
-            f"{SLICE_SECONDS} s an engine after warm-up; median of the rounds' medians, and its distribution-free "
+            "method": f"batch 1, CUDA events around each inference, CUDA graphs, {rounds} rounds (A B B A) in turns of "
+            f"{SLICE_SECONDS} s an engine after warm-up; median of the rounds, and its distribution-free "
             f"interval of at least {CONFIDENCE:.0%}; ratios are taken within a round, to the first engine",
             "optimization_level": level,
             "graphs": {},
@@ -423,6 +422,7 @@ class Bench:
 
     def _inspect(self, candidate: Candidate) -> dict[str, Any]:
         """Layers, and how close the engine's result is to the raw graph's in FP32 on ONNX Runtime."""
+        from pipeline.backends.layers import parse_layers
         from pipeline.backends.runner import EngineRunner
 
         plan, home = self._plan(candidate), self.folder / candidate.network
@@ -431,11 +431,11 @@ class Bench:
             (got,) = runner({runner.inputs[0].name: image}).values()
             text = runner.layers()
         plan.with_suffix(".json").write_text(text, encoding="utf-8")
-        layers = [layer if isinstance(layer, dict) else {"Name": layer} for layer in json.loads(text)["Layers"]]
+        layers = parse_layers(text)
         return {
             "layers": len(layers),
-            "layer_types": dict(Counter(layer.get("LayerType", "unknown") for layer in layers).most_common()),
-            "copies": sum(_is_copy(layer) for layer in layers),
+            "layer_types": dict(Counter(layer.type or "unknown" for layer in layers).most_common()),
+            "copies": sum(layer.group in COPIES for layer in layers),
             "agreement": float((got.argmax(1) == reference.argmax(1)).mean()),
             "max_relative_error": _relative(got.astype(np.float32), reference),
         }
@@ -450,42 +450,39 @@ class Bench:
                 image = np.load(self.folder / candidate.network / "image.npy")
                 runners[candidate.key] = runner, {runner.inputs[0].name: image}
 
-            def turn(key: str) -> float:
+            def turn(key: str) -> NDArray[np.float64]:
                 runner, feeds = runners[key]
-                return float(np.median(runner.device_milliseconds(feeds, SLICE_SECONDS, SLICE_WARMUP_SECONDS)))
+                times: NDArray[np.float64] = runner.device_milliseconds(feeds, SLICE_SECONDS, SLICE_WARMUP_SECONDS)
+                return times
 
-            settling = _settle(turn, list(runners))
-            rounds: dict[str, list[float]] = {key: [] for key in runners}
-            for number in range(self.rounds):
-                keys = list(runners)
-                for key in keys if number % 2 == 0 else reversed(keys):
-                    rounds[key].append(turn(key))
+            turns = interleave({key: functools.partial(turn, key) for key in runners}, self.rounds)
+            captured = {key: runner.captured for key, (runner, _) in runners.items()}
             for key, (runner, feeds) in runners.items():
-                shares = _profile(self.trt, runner, feeds)
+                shares = _profile(runner, feeds)
                 (self.plans / f"{_stem(key)}.profile.json").write_text(
                     json.dumps(shares.pop("layers", {}), indent=1), encoding="utf-8"
                 )
                 self.result["engines"][key].update(shares)
-            captured = {key: runner.captured for key, (runner, _) in runners.items()}
-        first = np.array(rounds[next(iter(rounds))])
+        first = next(iter(turns.rounds))
         return {
             "rounds": self.rounds,
-            "turns_before": settling,
+            "turns_before": turns.warm_ups,
+            "settled": turns.settled,
             "engines": {
                 key: {
-                    "median_ms": round(float(np.median(times)), 5),
-                    "interval_ms": interval(times),
+                    "median_ms": round(turns.latency(key).median, 5),
+                    "interval_ms": _interval(turns.latency(key)),
                     "cuda_graph": captured[key],
                     "rounds_ms": [round(value, 5) for value in times],
                 }
-                for key, times in rounds.items()
+                for key, times in turns.rounds.items()
             },
             "ratios": {
                 key: {
-                    "median": round(float(np.median(np.array(times) / first)), 5),
-                    "interval": interval(np.array(times) / first),
+                    "median": round(turns.ratio(key, first).median, 5),
+                    "interval": _interval(turns.ratio(key, first)),
                 }
-                for key, times in rounds.items()
+                for key in turns.rounds
             },
         }
 
@@ -493,64 +490,24 @@ class Bench:
         return self.plans / f"{_stem(candidate.key)}.engine"
 
 
-def _is_copy(layer: Mapping[str, Any]) -> bool:
-    name = layer.get("Name", "").lower()
-    return layer.get("LayerType") in COPY_TYPES or any(part in name for part in COPY_NAMES)
-
-
-def _settle(turn: Callable[[str], float], keys: Sequence[str]) -> int:
-    """Take turns until no engine's median moves by more than ``SETTLED``; the turns taken."""
-    before = [turn(key) for key in keys]
-    for count in range(2, SETTLE_TURNS + 1):
-        now = [turn(key) for key in keys]
-        if all(abs(a - b) <= SETTLED * b for a, b in zip(now, before, strict=True)):
-            return count
-        before = now
-    return SETTLE_TURNS
-
-
-def _profile(trt: Any, runner: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+def _profile(runner: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     """GPU milliseconds of copies, their share, and of each layer. Layer by layer an engine is slower than whole."""
-    base: Any = trt.IProfiler
-
-    class Times(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.total: dict[str, float] = defaultdict(float)
-
-        def report_layer_time(self, name: str, milliseconds: float) -> None:
-            self.total[name] += milliseconds
+    from pipeline.backends.layers import parse_layers
 
     try:
-        runner(feeds)
-        times = Times()
-        runner._context.profiler = times
-        for _ in range(PROFILED_RUNS):
-            runner(feeds)
+        mean: dict[str, float] = runner.profile(feeds)
     except Exception as error:
         return {"profile_error": str(error)[:300]}
-    types = {layer["Name"]: layer for layer in json.loads(runner.layers())["Layers"] if isinstance(layer, dict)}
-    mean = {name: total / PROFILED_RUNS for name, total in times.total.items()}
-    copies = {name: ms for name, ms in mean.items() if _is_copy(types.get(name, {"Name": name}))}
+    copies = sum(mean.get(layer.name, 0) for layer in parse_layers(runner.layers()) if layer.group in COPIES)
     return {
-        "copy_ms": round(sum(copies.values()), 5),
-        "copy_share": round(sum(copies.values()) / (sum(mean.values()) or math.inf), 4),
+        "copy_ms": round(copies, 5),
+        "copy_share": round(copies / sum(mean.values()), 4),
         "layers": {name: round(ms, 5) for name, ms in mean.items()},
     }
 
 
-def interval(values: Sequence[float] | NDArray[np.float64]) -> list[float]:
-    """The order statistics that hold the median with at least ``CONFIDENCE``; the whole range for few values.
-
-    Source: H. A. David, H. N. Nagaraja, Order Statistics (2003), section 7.1.
-    """
-    ordered, count = sorted(float(value) for value in values), len(values)
-    skip, tail = 0, 1 / 2**count
-    while 2 * tail <= 1 - CONFIDENCE:
-        skip += 1
-        tail += math.comb(count, skip) / 2**count
-    skip = max(skip, 1)
-    return [round(ordered[skip - 1], 5), round(ordered[count - skip], 5)]
+def _interval(found: Estimate) -> list[float]:
+    return [round(found.low, 5), round(found.high, 5)]
 
 
 def dry_run(folder: Path, chosen: Sequence[tuple[str, str]]) -> None:

@@ -69,7 +69,10 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class EngineManifest:
-    """Beside every engine, and checked before the engine is loaded."""
+    """Beside every engine, and checked before the engine is loaded.
+
+    ``options`` are the build options that it was built with, by their names in the configuration's ``engine``.
+    """
 
     engine_sha256: str
     onnx_sha256: str
@@ -88,6 +91,7 @@ class EngineManifest:
     timing_cache: str
     created: str
     notes: tuple[str, ...] = ()
+    options: dict[str, bool | int | str] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
 
@@ -165,10 +169,12 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise _unwritable(path, error) from error
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -247,6 +253,41 @@ def build_lock(folder: Path) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
+
+
+@contextlib.contextmanager
+def workshop(target: Path) -> Iterator[Path]:
+    """An empty folder beside a file, to make its new content in; gone when the block ends.
+
+    The folder that holds the file is locked meanwhile, without a file in it: a second process says so and waits. What
+    killed processes left is cleared. Where the file system has no locks on folders there is none.
+
+    Raises:
+        BuildFolderError: the folder is unwritable or full, in the block too.
+    """
+    with _writing(target), contextlib.ExitStack() as stack:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(target.parent, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        if _locked(handle, target.parent):
+            for left in target.parent.glob(f".{target.name}.*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
+        made = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        made.mkdir()
+        stack.callback(shutil.rmtree, made, ignore_errors=True)
+        yield made
+
+
+def _locked(handle: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("%s is in use by another process; waiting", folder)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:  # such as a network file system's
+        log.debug("%s cannot be locked: %s", folder, error)
+        return False
+    return True
 
 
 def _unwritable(path: Path, error: OSError) -> BuildFolderError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections import Counter
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.backends.parsing import ParserVerdict
     from pipeline.calibration.report import CalibrationReport
     from pipeline.config import Config, Precision
+    from pipeline.drift import DriftReport
+    from pipeline.reports import BenchmarkReport
     from pipeline.run import Run
     from pipeline.stages.clean import CleaningReport
 
@@ -43,6 +46,9 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the configuration: section.key=value.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Make every stage anew.")]
+RequireSpeedupOption = Annotated[
+    bool, typer.Option("--require-speedup", help="Fail where INT8 is not surely faster than FP16.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BUILD = Path("build")
 
@@ -56,7 +62,10 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of ``unet-trt``: exits 0 done and passed, 1 a check failed, 2 bad input, 3 not on this machine."""
+    """Entry point of ``unet-trt``.
+
+    Exits 0 done and passed, 1 a check failed, 2 bad input, 3 not on this machine, 130 interrupted.
+    """
     from pipeline.errors import PipelineError
 
     arguments = sys.argv[1:]
@@ -75,9 +84,18 @@ def main() -> None:
         fix = "run again with --debug, and report what it prints"
         print(f"unet-trt: unexpected {type(error).__name__}: {error}\n  to fix: {fix}", file=sys.stderr)
         sys.exit(PipelineError.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not _is_interrupt(stop):
+            raise
         print("unet-trt: interrupted; finished stages are kept", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is the cause, of which typer makes a silent exit of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 # ---------------------------------------------------------------------- the whole
@@ -91,15 +109,22 @@ def run(
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    require_speedup: RequireSpeedupOption = False,
     json: JsonOption = False,
 ) -> None:
     """Export, clean, calibrate, build, validate, benchmark, report: whatever has changed."""
     settings = _load(config, overrides, backend)
     precisions = _precisions(settings, precision)
     with _run(settings, build_dir, force) as work:
+        if require_speedup:
+            work.check_speedup_can_be_judged(precisions)
         page = work.report(precisions)
         _print_verdict(work, precisions, page, json)
+        if not json:
+            _print_speed_verdict(work.benchmark(precisions))
         work.verdict(precisions)
+        if require_speedup:
+            work.require_speedup(precisions)
 
 
 @app.command()
@@ -200,9 +225,13 @@ def calibrate(
         Path | None, typer.Option("-o", "--output", help="calibration.cache; its report is <this>.json.")
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(help="entropy, minmax, percentile, mse, or auto.", show_default="entropy")
+        Literal["entropy", "minmax", "percentile", "mse", "auto"] | None,
+        typer.Option(help="auto: the one whose masks agree best.", show_default="entropy"),
     ] = None,
-    calibrator: Annotated[str | None, typer.Option(help="cpu, gpu, tensorrt, or auto.", show_default="cpu")] = None,
+    calibrator: Annotated[
+        Literal["cpu", "gpu", "tensorrt", "auto"] | None,
+        typer.Option(help="auto: gpu where that is possible.", show_default="cpu"),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that cannot be decoded.")] = False,
     config: ConfigOption = None,
     build_dir: BuildOption = BUILD,
@@ -215,6 +244,7 @@ def calibrate(
     from pipeline.calibration.report import CalibrationReport
     from pipeline.config import CalibrateConfig
     from pipeline.data.dataset import image_folder
+    from pipeline.graph.io import model_files
     from pipeline.stages.calibrate import calibrate as calibrate_file
 
     given = {
@@ -229,8 +259,9 @@ def calibrate(
         result = from_json(CalibrationReport, target.with_name("report.json"))
     else:
         card = _card_of(model)
-        target = _required(output, "-o calibration.cache")
         dataset = image_folder(_required(images, "--images DIR"), card.preprocessing.channels)
+        inputs = [*model_files(model), *itertools.chain.from_iterable(dataset.files.values())]
+        target = _own_file(_required(output, "-o calibration.cache"), inputs)
         settings = _section(CalibrateConfig, {**given, "images": len(dataset)})
         result = calibrate_file(
             model, dataset, settings, card.preprocessing, target, target.with_name(f"{target.name}.json")
@@ -268,7 +299,7 @@ def engine(
     from pipeline.calibration.table import read_cache
     from pipeline.config import EngineConfig
     from pipeline.errors import ConfigError
-    from pipeline.graph.io import load_model, read_card
+    from pipeline.graph.io import load_model, model_files, read_card
     from pipeline.stages.engine import build_engine_file
 
     (chosen, *others) = (_precision(name) for name in _required(precision, "-p PRECISION"))
@@ -279,6 +310,7 @@ def engine(
     table = read_cache(calibration_cache) if calibration_cache else None
     cache_sha256 = sha256_file(calibration_cache) if calibration_cache else None
     card = read_card(load_model(model))
+    target = _own_file(target, [*model_files(model), *([calibration_cache] if calibration_cache else [])])
     build_engine_file(model, chosen, settings_of_engine, table, cache_sha256, card, target)
     print(target)
 
@@ -298,6 +330,9 @@ def validate(
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare every tensor along the network instead of the masks.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Judge precisions against FP32 on ONNX Runtime, and against labels."""
@@ -305,11 +340,18 @@ def validate(
         settings = _load(config, overrides, backend)
         precisions = _precisions(settings, precision)
         with _run(settings, build_dir, force) as work:
+            if layers:
+                _print_drift({each: work.layers(each) for each in precisions}, json)
+                return
             for each in precisions:
                 work.validate(each)
             _print_verdict(work, precisions, None, json)
             work.verdict(precisions)
         return
+    if layers:
+        from pipeline.errors import ConfigError
+
+        raise ConfigError("--layers needs a configuration", expected="-c CONFIG", got=str(model))
     candidate = _required(engine, "--engine FILE")
     _validate_files(model, candidate, _required(images, "--images DIR"), labels, output, json)
 
@@ -322,22 +364,22 @@ def benchmark(
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    require_speedup: RequireSpeedupOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Time everything that runs on this machine."""
+    """Time everything that runs on this machine, and judge INT8 against FP16."""
     settings = _load(config, overrides, backend)
+    precisions = _precisions(settings, precision)
     with _run(settings, build_dir, force) as work:
-        timings = work.benchmark(_precisions(settings, precision))
-    if json:
-        _print_json(timings)
-        return
-    rows = [
-        (t.name, str(t.batch), f"{t.device.p50_ms:.3f}" if t.device else "–", f"{t.end_to_end.p50_ms:.3f}")
-        for t in timings.timings
-    ]
-    _print_table(("candidate", "batch", "GPU p50, ms", "end to end p50, ms"), rows)
-    for name, why in timings.not_run.items():
-        print(f"{name}: not measured. {why}")
+        if require_speedup:
+            work.check_speedup_can_be_judged(precisions)
+        timings = work.benchmark(precisions)
+        if json:
+            _print_json(timings)
+        else:
+            _print_timings(timings)
+        if require_speedup:
+            work.require_speedup(precisions)
 
 
 @app.command()
@@ -345,23 +387,53 @@ def regress(
     config: ConfigOption = None,
     baseline: Annotated[Path | None, typer.Option(help="Default: baselines/<config>.json.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Accept the figures as the new baseline.")] = False,
+    reason: Annotated[
+        str | None, typer.Option(help="Why they are accepted; needed to replace earlier ones, and recorded.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML, a test case a figure.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a summary in Markdown.")] = None,
     precision: PrecisionsOption = None,
     backend: BackendOption = None,
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
 ) -> None:
     """Compare a run's figures with the committed baseline."""
-    from pipeline.stages.regress import regress as compare
+    from pipeline.artifacts import write_atomically
+    from pipeline.stages import regress as stage
 
     settings = _load(config, overrides, backend)
+    if reason is not None and not (update and reason.strip()):
+        raise _bad_reason(update)
+    precisions = _precisions(settings, precision)
     with _run(settings, build_dir, False) as work:
-        reports = [work.validate(each) for each in _precisions(settings, precision)]
-    differences = compare(settings.name, reports, baseline or Path("baselines", f"{settings.name}.json"), update=update)
-    rows = [
-        (d.figure, "–" if d.baseline is None else f"{d.baseline:.4f}", "–" if d.now is None else f"{d.now:.4f}")
-        for d in differences
-    ]
-    _print_table(("figure", "baseline", "now"), rows)
+        reports = [work.validate(each) for each in precisions]
+        runs = any(not report.candidate.emulated for report in reports)
+        timings = work.benchmark(precisions) if runs else None
+        network = work.network_sha256()
+    path = baseline or Path("baselines", f"{settings.name}.json")
+    if update:
+        comparison = stage.update(settings.name, network, reports, timings, path, reason)
+    else:
+        comparison = stage.compare(settings.name, network, reports, timings, path)
+    _print_table(("figure", "baseline", "now", "change", "allowed", "result"), stage.rows(comparison))
+    for why in comparison.skipped:
+        print(f"not compared: {why}")
+    if junit is not None:
+        write_atomically(junit, stage.junit(comparison))
+    if markdown is not None:
+        write_atomically(markdown, stage.markdown(comparison).encode())
+    if update:
+        print(f"accepted: {path}")
+    else:
+        comparison.verdict()
+
+
+def _bad_reason(update: bool) -> Exception:
+    from pipeline.errors import ConfigError
+
+    if update:
+        return ConfigError("--reason is empty", expected="why the figures are accepted")
+    return ConfigError("--reason belongs to --update", fix="add --update, or leave --reason out")
 
 
 @app.command()
@@ -406,10 +478,14 @@ def predict(
 def inspect(
     file: Annotated[Path, typer.Argument(help="An .onnx, .engine, .cache or .json file.")], json: JsonOption = False
 ) -> None:
-    """Say what a file holds."""
+    """Say what a file holds; of an engine also where its time goes, where it runs."""
     from pipeline.inspection import inspect_file
 
-    _print_facts(inspect_file(file), json)
+    facts = inspect_file(file)
+    account = None if json else facts.pop("account", None)
+    _print_facts(facts, json)
+    if account:
+        _print_account(account)
 
 
 @app.command()
@@ -469,7 +545,9 @@ def _section(model: Any, values: dict[str, Any]) -> Any:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{first['loc'][0]}: {first['msg']}", got=str(first["input"])) from error
+        # What forbids a combination of keys has no place of its own.
+        place, got = ([str(first["loc"][0])], str(first["input"])) if first["loc"] else ([], "")
+        raise ConfigError(": ".join([*place, first["msg"].removeprefix("Value error, ")]), got=got) from error
 
 
 def _card_of(model: Path) -> Any:
@@ -497,6 +575,7 @@ def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None
     from pipeline.data.dataset import image_folder
     from pipeline.errors import CheckFailed
     from pipeline.opening import describe_candidate, open_model
+    from pipeline.presenting import CHECK_HEADINGS, VERDICT_HEADINGS, check_row, figure_table, verdict_row
     from pipeline.stages.validate import validate as judge
 
     output = _own_folder(output, [model, engine, images, *([labels] if labels else [])])
@@ -517,8 +596,9 @@ def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None
     if json:
         _print_json(verdict)
     else:
-        results = [(c.name, c.shown, f"{c.bound:g}", "passed" if c.passed else "failed") for c in verdict.checks]
-        _print_table(("check", "value", "bound", "result"), results)
+        _print_table(VERDICT_HEADINGS, [verdict_row(verdict)])
+        _print_table(*figure_table([verdict]))
+        _print_table(CHECK_HEADINGS, [check_row(check) for check in verdict.checks])
     if not verdict.passed:
         raise CheckFailed(f"{engine} failed; see {output / 'report.json'}")
 
@@ -540,33 +620,108 @@ def _own_folder(output: Path, inputs: Sequence[Path]) -> Path:
     return output
 
 
+def _own_file(output: Path, inputs: Sequence[Path]) -> Path:
+    """The file, where it would take the place of no folder and of nothing that it is made from."""
+    from pipeline.errors import BuildFolderError
+
+    if output.is_dir():
+        raise BuildFolderError(f"{output} is a folder", expected="a file to write", fix="name a file with -o")
+    for path in inputs:
+        if path.resolve() == output.resolve():
+            raise BuildFolderError(f"{output} would overwrite what it is made from", fix="choose another with -o")
+    return output
+
+
 def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None, json: bool) -> None:
+    from pipeline.presenting import VERDICT_HEADINGS, figure_table, verdict_row
+
     reports = [work.validate(precision) for precision in precisions]
     if json:
         _print_json(reports)
         return
-    rows = []
-    for r in reports:
-        drop = None if r.scores is None or r.reference is None else r.scores.mean_iou - r.reference.mean_iou
-        rows.append(
-            (
-                r.candidate.precision,
-                f"{r.scores.mean_iou:.4f}" if r.scores else "no labels",
-                "–" if drop is None else f"{drop:+.4f}",
-                f"{100 * r.agreement:.3f} %",
-                r.largest_error,
-                r.candidate.ran + (", emulated" if r.candidate.emulated else ""),
-                "passed" if r.passed else "FAILED",
-            )
-        )
-    headings = ("precision", "mIoU", "against FP32", "same class as FP32", "largest error", "ran on", "verdict")
-    _print_table(headings, rows)
+    _print_table(VERDICT_HEADINGS, [verdict_row(report) for report in reports])
+    _print_table(*figure_table(reports))
     if any(r.candidate.emulated for r in reports):
         print(
             "emulated: no engine ran on this machine; its typed graph ran on ONNX Runtime instead (see unet-trt doctor)"
         )
     if page is not None:
         print(f"report: {page}\nmasks:  {work.folder / 'validate'}/<precision>/overlays")
+
+
+def _print_timings(report: BenchmarkReport) -> None:
+    rows = []
+    for timing in report.timings:
+        median, device, host = timing.median_ms, timing.device, timing.end_to_end
+        rows.append(
+            (
+                timing.name,
+                str(timing.batch),
+                f"{median.median:.3f} ({median.low:.3f} to {median.high:.3f})" if median else "–",
+                f"{device.p99_ms:.3f}" if device else "–",
+                f"{host.p50_ms:.3f}",
+            )
+        )
+    _print_table(("candidate", "batch", "GPU median, ms", "GPU p99, ms", "end to end p50, ms"), rows)
+    shares = [
+        (precision, row.group, str(row.layers), f"{row.ms:.3f}", f"{row.share:.0%}")
+        for precision, account in report.engines.items()
+        for row in account.groups
+    ]
+    if shares:
+        _print_table(("engine", "group", "layers", "ms, layer by layer", "share"), shares)
+    for name, why in report.not_run.items():
+        print(f"{name}: not measured. {why}")
+    for note in report.notes:
+        print(note)
+    _print_speed_verdict(report)
+
+
+def _print_account(account: Mapping[str, Any]) -> None:
+    """Where an engine's time goes, as ``inspect`` has it: by group, then by layer."""
+    rows = [
+        (g["group"], str(g["layers"]), f"{g['ms']:.4f}", f"{g['share']:.0%}", _millions(g["bytes"], 1))
+        for g in account["groups"]
+    ]
+    _print_table(("group", "layers", "ms", "share", "MB moved"), rows)
+    print(f"whole inference: {account['whole_ms']:.4f} ms; its layers one by one: {account['profiled_ms']:.4f} ms")
+    total = sum(account["macs"].values())
+    for precision, macs in account["macs"].items():
+        print(f"multiply-accumulates, {precision}: {macs / 1e9:.4g} G ({macs / total:.1%})")
+    floor = account["floor"]
+    if floor is None:
+        print(f"arithmetic floor: unknown, {account['no_floor']}")
+    else:
+        print(f"arithmetic floor: {floor['arithmetic_ms']:.4f} ms ({floor['source']})")
+    layers = [
+        (
+            layer["name"],
+            layer["group"],
+            layer["precision"],
+            "–" if layer["ms"] is None else f"{layer['ms']:.4f}",
+            "–" if layer["macs"] is None else f"{layer['macs'] / 1e9:.3f}",
+            _millions(layer["bytes"], 2),
+            " to ".join(_formats(layer[side]) for side in ("inputs", "outputs")),
+            layer["tactic"],
+        )
+        for layer in account["layers"]
+    ]
+    _print_table(("layer", "group", "precision", "ms", "GMAC", "MB moved", "format", "tactic"), layers)
+
+
+def _millions(count: int | None, digits: int) -> str:
+    return "–" if count is None else f"{count / 1e6:.{digits}f}"
+
+
+def _formats(tensors: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(f"{tensor['precision']} {tensor['format']}".strip() for tensor in tensors))
+
+
+def _print_speed_verdict(report: BenchmarkReport) -> None:
+    if report.verdict is not None:
+        print(report.verdict.sentence)
+        for reason in report.verdict.reasons:
+            print(f"  {reason}")
 
 
 def _print_cleaning(report: CleaningReport) -> None:
@@ -606,6 +761,29 @@ def _print_calibration(report: CalibrationReport) -> None:
             ("seconds", f"{report.seconds:.1f}"),
         ]
         _print_table(("calibration", ""), rows, file=sys.stderr)
+
+
+def _print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
+    if json:
+        _print_json(reports)
+        return
+    for precision, report in reports.items():
+        rows = [
+            (
+                entry.tensor,
+                entry.op,
+                "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.1f}",
+                "–" if entry.cosine is None else f"{entry.cosine:.6f}",
+                f"{entry.max_abs_error:.3g} of {entry.largest:.3g}",
+                "–" if entry.saturated is None else f"{entry.saturated:.3%}",
+            )
+            for entry in report.tensors
+        ]
+        _print_table((f"{precision}: tensor", "operator", "SQNR, dB", "cosine", "largest error", "saturated"), rows)
+        for tensor in report.missing:
+            print(f"{tensor}: not compared, what ran has it no more")
+        where = "the error jumps nowhere" if report.jump is None else f"the error jumps at {report.jump}"
+        print(f"{precision}: {where} ({report.images} images, {report.ran})")
 
 
 def _parser_says(verdict: ParserVerdict) -> str:

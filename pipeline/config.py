@@ -105,6 +105,7 @@ class ClassConfig(Strict):
 
     name: str
     colour: Colour
+    category: str | None = Field(None, description="group of classes that is judged as one too, as Cityscapes does")
 
 
 class SplitConfig(Strict):
@@ -138,6 +139,13 @@ class DataConfig(Strict):
             raise ValueError("kind: cells is generated; root, train, validation and calibration belong to kind: folder")
         if self.void is not None and self.void < len(self.classes):
             raise ValueError(f"void is {self.void}, which is the id of class {self.classes[self.void].name!r}")
+        without = [c.name for c in self.classes if c.category is None]
+        if 0 < len(without) < len(self.classes):
+            raise ValueError(f"give every class a category, or none: {without[0]!r} has none")
+        names = [c.name for c in self.classes]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"two classes are named {twice[0]!r}")
         return self
 
 
@@ -211,9 +219,18 @@ class EngineConfig(Strict):
     precisions: tuple[Precision, ...] = Field(PRECISIONS, min_length=1)
     backend: BackendName = "auto"
     route: Route = "auto"
-    workspace_mib: int = Field(4096, gt=0)
-    optimization_level: int = Field(3, ge=0, le=5)
+    workspace_mib: int = Field(4096, gt=0, description="GPU memory that one layer may use while it runs")
+    optimization_level: int = Field(
+        3, ge=0, le=5, description="how many kernels are tried; 5: most, and slowest to build"
+    )
     tf32: bool = False
+    sparsity: bool = Field(False, description="kernels for weights of which 2 in 4 are zero")
+    hardware_compatible: bool = Field(False, description="for every GPU from Ampere on; slower than for this one alone")
+    version_compatible: bool = Field(False, description="for later TensorRT of this major version too")
+    refit: bool = Field(False, description="weights can be replaced in the engine; fewer fusions")
+    profiling: Literal["detailed", "none"] = Field(
+        "detailed", description="what `inspect` and profilers see of the layers; costs no time at inference"
+    )
     timing_cache: bool = True
     profile: dict[Axis, ProfileRange] = {}
     exclude: tuple[str, ...] = Field((), description="node name patterns that stay unquantized on the explicit route")
@@ -228,7 +245,9 @@ class Tolerance(Strict):
     """When a precision counts as good enough, against FP32 on ONNX Runtime.
 
     ``atol``, ``rtol`` and ``statistic`` are Polygraphy's: an element fails only where it exceeds both; a statistic
-    other than ``elemwise`` is compared instead of every element.
+    other than ``elemwise`` is compared instead of every element. Drops are fractions of 1, from FP32's figure on the
+    labels to the candidate's; null judges none. A budget that needs labels is an error where there are no labels,
+    unless it is a default.
     """
 
     atol: float = Field(ge=0)
@@ -236,13 +255,26 @@ class Tolerance(Strict):
     statistic: Literal["elemwise", "max", "mean", "median", "quantile"] = "elemwise"
     quantile: float = Field(0.99, gt=0, le=1)
     min_agreement: float = Field(ge=0, le=1, description="share of pixels with FP32's class")
-    max_miou_drop: float = Field(ge=0, le=1, description="fraction of 1, against FP32's mIoU on the labels")
+    max_miou_drop: float | None = Field(ge=0, le=1, description="of mean IoU; needs labels")
+    max_class_iou_drop: float | None = Field(None, ge=0, le=1, description="of any class's IoU; needs labels")
+    max_dice_drop: float | None = Field(None, ge=0, le=1, description="of mean Dice; needs labels")
+    min_boundary_f: float | None = Field(None, ge=0, le=1, description="mean boundary F-score against FP32's masks")
+    max_boundary_f_drop: float | None = Field(None, ge=0, le=1, description="of mean boundary F-score; needs labels")
+
+    def named_label_budgets(self) -> list[str]:
+        """Budgets that the config names and that cannot be judged without labels."""
+        keys = ("max_miou_drop", "max_class_iou_drop", "max_dice_drop", "max_boundary_f_drop")
+        return [key for key in keys if key in self.model_fields_set and getattr(self, key) is not None]
 
 
 DEFAULT_TOLERANCES: dict[Precision, Tolerance] = {
-    "fp32": Tolerance(atol=1e-3, rtol=1e-3, min_agreement=0.9995, max_miou_drop=0.0005),
-    "fp16": Tolerance(atol=0.1, rtol=0.01, statistic="quantile", min_agreement=0.998, max_miou_drop=0.002),
-    "int8": Tolerance(atol=1.0, rtol=0.1, statistic="mean", min_agreement=0.97, max_miou_drop=0.01),
+    "fp32": Tolerance(atol=1e-3, rtol=1e-3, min_agreement=0.9995, max_miou_drop=0.0005, max_class_iou_drop=0.002),
+    "fp16": Tolerance(
+        atol=0.1, rtol=0.01, statistic="quantile", min_agreement=0.998, max_miou_drop=0.002, max_class_iou_drop=0.01
+    ),
+    "int8": Tolerance(
+        atol=1.0, rtol=0.1, statistic="mean", min_agreement=0.97, max_miou_drop=0.01, max_class_iou_drop=0.03
+    ),
 }
 
 
@@ -252,6 +284,14 @@ class ValidateConfig(Strict):
     images: int | None = Field(None, gt=0, description="the first N validation images; default: all")
     pictures: int = Field(4, ge=0, description="images whose masks and overlays are written")
     saved_runs: int = Field(2, ge=0, description="images whose raw outputs are saved as Polygraphy JSON")
+    boundary_tolerance: float = Field(
+        0.0075, gt=0, le=0.1, description="share of the image's diagonal by which outlines may differ"
+    )
+    near_tie: float = Field(
+        0.01, ge=0, le=1, description="share of FP32's output range; flipped pixels of a smaller margin count apart"
+    )
+    resamples: int = Field(1000, ge=100, le=100_000, description="of images, for confidence intervals")
+    seed: int = 0
     tolerances: dict[Precision, Tolerance] = {}
 
     def tolerance(self, precision: Precision) -> Tolerance:
@@ -262,7 +302,9 @@ class BenchmarkConfig(Strict):
     """How long each candidate is timed."""
 
     seconds: float = Field(3.0, gt=0, description="per candidate, after warm-up")
-    warmup_seconds: float = Field(0.5, ge=0)
+    warmup_seconds: float = Field(0.5, ge=0, description="at least; engines go on until their latency is stable")
+    rounds: int = Field(12, ge=6, description="of engines taking turns; fewer than 6 give no interval of 95 %")
+    min_speedup: float = Field(1.0, gt=0, description="INT8 is worthwhile where it is surely faster than FP16 by more")
 
 
 class TrainConfig(Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from pipeline.errors import BuildFolderError, EngineError, PipelineError, Unsupp
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# Compute capability of the oldest GPUs that hardware-compatible engines run on.
+AMPERE = (8, 0)
 REBUILD = "build the engine again on this machine"
 APIS = {"tensorrt": tensorrt.api, "tensorrt-rtx": tensorrt_rtx.api}
 
@@ -78,17 +81,21 @@ def load_engine(path: Path, *, trust: bool = False) -> EngineRunner:
         if not trust:
             raise
         log.warning("%s", error.problem)
-    return EngineRunner(trt, plan, axes={spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)})
+    axes = {spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)}
+    return EngineRunner(trt, plan, axes=axes, host_code=bool(manifest.options.get("version_compatible")))
 
 
 def check_machine(path: Path, manifest: EngineManifest, version: str) -> None:
     """Compare what the engine was built with and for against the library's version and this GPU.
 
+    A version-compatible engine takes later versions of its library, up to the next major one; a hardware-compatible one
+    takes every GPU from Ampere on, with any driver.
+
     Raises:
         EngineError: another version of the library, another GPU or another driver.
         UnsupportedError: no GPU, or, for engines built ahead of time, none of their targets.
     """
-    if manifest.backend_version != version:
+    if manifest.backend_version != version and not _serves(manifest, version):
         raise EngineError(
             f"{path} was built with {manifest.backend} {manifest.backend_version}, installed is {version}", fix=REBUILD
         )
@@ -104,6 +111,8 @@ def check_machine(path: Path, manifest: EngineManifest, version: str) -> None:
     built = manifest.device
     if built is None:
         raise EngineError(f"the manifest of {path} names no GPU", expected="the GPU it was built on", fix=REBUILD)
+    if manifest.options.get("hardware_compatible") and _number(here.compute_capability) >= AMPERE:
+        return
     pairs = [
         ("on a", built.name, here.name),
         ("for compute capability", built.compute_capability, here.compute_capability),
@@ -112,6 +121,16 @@ def check_machine(path: Path, manifest: EngineManifest, version: str) -> None:
     for what, then, now in pairs:
         if then != now:
             raise EngineError(f"{path} was built {what} {then}, this machine has {now}", fix=REBUILD)
+
+
+def _serves(manifest: EngineManifest, version: str) -> bool:
+    """Whether a version-compatible engine loads in another version of its library."""
+    built, here = _number(manifest.backend_version), _number(version)
+    return bool(manifest.options.get("version_compatible")) and built[:1] == here[:1] and built <= here
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 def _check_file(path: Path, plan: bytes, manifest: EngineManifest) -> None:

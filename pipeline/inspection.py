@@ -6,14 +6,23 @@ import collections
 import math
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from pipeline.artifacts import tool_version
-from pipeline.errors import InputError
+from pipeline.artifacts import EngineManifest, from_json, tool_version
+from pipeline.errors import InputError, PipelineError
+from pipeline.reports import BenchmarkReport, EngineAccount
+
+if TYPE_CHECKING:
+    from pipeline.backends.runner import EngineRunner
 
 PACKAGES = ("torch", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "tensorrt", "cuda-python", "numpy")
+
+# Of the report beside a calibration cache; its ranges are those of the cache.
+REPORTED = ("calibrator", "image_count", "skipped", "images_sha256", "graph_sha256", "preprocessing_sha256", "notes")
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -77,19 +86,81 @@ def _engine(path: Path) -> dict[str, Any]:
 
     manifest = read_manifest(path)
     facts: dict[str, Any] = TypeAdapter(type(manifest)).dump_python(manifest, mode="json")
-    return {"file": str(path), "bytes": path.stat().st_size, **facts}
+    account, says = _account(path, manifest)
+    where = TypeAdapter(type(account)).dump_python(account, mode="json") if account else None
+    return {"file": str(path), "bytes": path.stat().st_size, **facts, "time_of_layers": says, "account": where}
+
+
+def _account(path: Path, manifest: EngineManifest) -> tuple[EngineAccount | None, str]:
+    """Where the engine's time goes, and on which GPU: measured now, else what the benchmark beside it has kept."""
+    from pipeline.backends import cuda
+    from pipeline.engines import load_engine
+    from pipeline.graph.io import load_model
+    from pipeline.speed import account_for
+
+    build = path.resolve().parent.parent.parent
+    graphs = (path.with_name("model.onnx"), build / "clean" / "model.onnx")
+    try:
+        with load_engine(path) as runner:
+            graph = next((load_model(file) for file in graphs if file.is_file()), None)
+            device = cuda.current_device()
+            feeds = _random_feeds(runner)
+            whole = float(np.median(runner.device_milliseconds(feeds, seconds=0.3, warmup_seconds=0.3)))
+            account = account_for(runner, feeds, graph, manifest.engine_sha256, device, whole)
+            return account, f"measured on {device.name}"
+    except PipelineError as error:
+        kept = _kept(build / "benchmark" / "report.json", manifest)
+        if kept is not None:
+            return kept
+        return None, f"not known here: {error.problem}"
+
+
+def _kept(file: Path, manifest: EngineManifest) -> tuple[EngineAccount, str] | None:
+    try:
+        report = from_json(BenchmarkReport, file)
+    except PipelineError:
+        return None
+    account = report.engines.get(manifest.precision)
+    if account is None or account.engine_sha256 != manifest.engine_sha256:
+        return None
+    gpu = report.device.name if report.device else "an unknown GPU"
+    return account, f"measured on {gpu} at {report.created}, as {file} has it"
+
+
+def _random_feeds(runner: EngineRunner) -> dict[str, NDArray[Any]]:
+    """An input of the profile's typical size; what is in it makes no difference to the time."""
+    rng = np.random.default_rng(0)
+    feeds = {}
+    for spec in runner.inputs:
+        profile = runner.profiles.get(spec.name)
+        shape = profile.opt if profile else tuple(size for size in spec.shape if isinstance(size, int))
+        values = rng.integers(0, 256, shape) if spec.dtype == "uint8" else rng.standard_normal(shape)
+        feeds[spec.name] = values.astype(np.dtype(spec.dtype))
+    return feeds
 
 
 def _cache(path: Path) -> dict[str, Any]:
     from pipeline.calibration.table import read_cache
 
     table = read_cache(path)
-    return {
+    facts: dict[str, Any] = {
         "file": str(path),
         "algorithm": table.algorithm,
+        "tensorrt_version": _dotted(table.version or 0),
         "tensors": len(table.amax),
+        "report": "none",
         "amax": dict(table.amax),
     }
+    if table.report is not None:
+        report = TypeAdapter(type(table.report)).dump_python(table.report, mode="json")
+        facts["report"] = {key: report[key] for key in REPORTED}
+    return facts
+
+
+def _dotted(number: int) -> str:
+    """A TensorRT version as its number in a cache's header: 8600 is 8.6.0, 100300 is 10.3.0."""
+    major = 10000 if number >= 100000 else 1000
+    return f"{number // major}.{number % major // 100}.{number % 100}"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
 from pipeline.artifacts import Device
+from pipeline.backends.layers import EngineLayer, Group
 from pipeline.config import Precision
-from pipeline.metrics.latency import LatencySummary
+from pipeline.metrics.latency import Estimate, LatencySummary
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,42 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Between ``low`` and ``high`` lie 95 % of the figure's values over resampled images."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Offender:
+    """Where a bound is kept worst: an image, a class or both, with the figure there."""
+
+    value: float | None
+    image: str | None = None
+    class_name: str | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        place = " in ".join(part for part in (self.class_name, self.image) if part)
+        value = "" if self.value is None else f" {self.value:.5g}"
+        return f"{place}{value}{f' ({self.note})' if self.note else ''}"
+
+
+@dataclass(frozen=True)
 class Check:
-    """One bound: passed when ``value`` keeps it; ``value`` is None where the figure is not finite."""
+    """One bound: passed when ``value`` keeps it; ``value`` is None where the figure is not finite.
+
+    Attributes:
+        offenders: the worst first, three at most; of a class its worst image, with the class's figure.
+    """
 
     name: str
     value: float | None
     bound: float
     passed: bool
     worst_image: str | None = None
+    offenders: tuple[Offender, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -40,11 +70,79 @@ class Check:
 
 @dataclass(frozen=True)
 class Scores:
-    """Against the labels, void left out; a class that the labels do not hold has no IoU."""
+    """Against the labels, void left out; a class that the labels do not hold has no figures (None).
+
+    Attributes:
+        mean_iou, mean_dice, mean_boundary_f, mean_category_iou: over what the labels hold.
+        intervals: by figure: "mean_iou", …, "class_iou/<class>"; none for fewer than two images.
+    """
 
     mean_iou: float
     pixel_accuracy: float
     class_iou: dict[str, float | None]
+    mean_dice: float
+    class_dice: dict[str, float | None]
+    mean_boundary_f: float | None
+    class_boundary_f: dict[str, float | None]
+    mean_category_iou: float | None
+    category_iou: dict[str, float | None]
+    intervals: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """How much worse than FP32 the candidate is, from the same images; ``interval`` over images resampled in pairs."""
+
+    value: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """One output's values against FP32's, over all images; None where a value is not finite.
+
+    Attributes:
+        quantiles: of the absolute error by share, such as "0.99"; rounded up by at most 1/128, from at most 131072
+            values an image where there are so many.
+        cosine: of all values as one vector; None where one side is zero.
+        signal_to_error_db: energy of FP32's values over that of the error; None without error.
+        not_finite, reference_not_finite: values that are NaN or infinite, by image.
+        worst: image of the lowest cosine.
+    """
+
+    max_abs: float | None
+    mean_abs: float | None
+    quantiles: dict[str, float | None]
+    cosine: float | None
+    signal_to_error_db: float | None
+    not_finite: dict[str, int]
+    reference_not_finite: dict[str, int]
+    worst: Offender | None
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Pixels whose class is not FP32's, at the network's size, and how sure FP32 was of them.
+
+    The margin is FP32's largest value less its second, as a share of FP32's output range in that image.
+
+    Attributes:
+        near_ties: those with a margin below ``near_tie``, which nobody sees.
+        median_margin, max_margin: of all flipped pixels; None without any.
+        worst: image with the most flips that are no near-ties.
+    """
+
+    pixels: int
+    flipped: int
+    near_ties: int
+    near_tie: float
+    median_margin: float | None
+    max_margin: float | None
+    worst: Offender | None
+
+    @property
+    def clear(self) -> int:
+        return self.flipped - self.near_ties
 
 
 @dataclass(frozen=True)
@@ -69,6 +167,14 @@ class ValidationReport:
         logit_range: largest |value| of FP32's output, for reading the errors; 0 for labels.
         repeat: commands that repeat the comparison on the saved images, from this report's folder; none for labels.
         output: what the model gives; of labels only masks are compared.
+        agreement_interval, boundary_f_interval: None for fewer than two images.
+        boundary_f: mean boundary F-score of the candidate's masks against FP32's; None where no mask has a boundary.
+        drops: "mean_iou", "mean_dice", "mean_boundary_f", "class_iou/<class>"; none without labels.
+        outputs: by output's name; none for labels.
+        flips: None for labels.
+        worst: by figure, the image in which the candidate loses most.
+        boundary_tolerance: of the boundary F-score, as a share of the diagonal.
+        resamples: of images, for the intervals.
     """
 
     candidate: Candidate
@@ -85,6 +191,15 @@ class ValidationReport:
     pictures: tuple[str, ...]
     seconds: float
     output: Literal["logits", "labels", "probabilities"] = "logits"
+    agreement_interval: Interval | None = None
+    boundary_f: float | None = None
+    boundary_f_interval: Interval | None = None
+    drops: dict[str, Drop] = field(default_factory=dict)
+    outputs: dict[str, OutputErrors] = field(default_factory=dict)
+    flips: Flips | None = None
+    worst: dict[str, Offender] = field(default_factory=dict)
+    boundary_tolerance: float = 0.0075
+    resamples: int = 0
 
     @property
     def largest_error(self) -> str:
@@ -96,18 +211,108 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class Timing:
-    """One candidate's latency at batch ``batch``: on the GPU alone (compute), and from host array to host array."""
+    """One candidate's latency at batch ``batch``: on the GPU alone (compute), and from host array to host array.
+
+    Attributes:
+        median_ms: of the interleaved rounds, on the GPU alone.
+        cuda_graph: whether inferences were replayed from a CUDA graph.
+    """
 
     name: str
     batch: int
     bytes: int
     device: LatencySummary | None
     end_to_end: LatencySummary
+    median_ms: Estimate | None = None
+    cuda_graph: bool = False
+
+
+@dataclass(frozen=True)
+class GroupTime:
+    """The layers of one group: ``ms`` and ``share`` of the profiled time; ``bytes`` is None where one is unknown."""
+
+    group: Group
+    layers: int
+    ms: float
+    share: float
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What no engine of these convolutions beats on this GPU.
+
+    Attributes:
+        arithmetic_ms: multiply-accumulates at the GPU's dense rates, each in the precision that it runs in.
+        traffic_ms: the bytes of all layers at the memory's bandwidth; no bound, as tensors may stay in the cache.
+        source: of the rates.
+    """
+
+    arithmetic_ms: float
+    traffic_ms: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class EngineAccount:
+    """Where an engine's time goes.
+
+    Attributes:
+        engine_sha256: of the plan.
+        profiled_ms: sum over the layers, timed one by one; more than a whole inference takes.
+        whole_ms: median of whole inferences, not profiled.
+        macs: multiply-accumulates of the convolutions by the precision that they run in; "unknown": in a layer
+            that does not tell, or in none.
+        bytes: read and written by all layers; None where one is unknown.
+        floor: None where the GPU's rates, or a precision's, are unknown; ``no_floor`` says which.
+    """
+
+    engine_sha256: str
+    layers: tuple[EngineLayer, ...]
+    groups: tuple[GroupTime, ...]
+    profiled_ms: float
+    whole_ms: float
+    macs: dict[str, int]
+    bytes: int | None
+    floor: Floor | None
+    no_floor: str = ""
+
+    @property
+    def int8_share(self) -> float | None:
+        """Of all multiply-accumulates, those in INT8; None where there are none, or some in no layer that tells."""
+        total = sum(self.macs.values())
+        return None if not total or "unknown" in self.macs else self.macs.get("int8", 0) / total
+
+
+@dataclass(frozen=True)
+class SpeedVerdict:
+    """Whether INT8 is worth it.
+
+    Attributes:
+        speedup: FP16's time over INT8's; None where not both ran on a GPU.
+        worthwhile: the whole interval lies above ``min_speedup``; None without a speedup.
+        sentence: the verdict, or why there is none.
+        reasons: what the time goes to, most telling first.
+    """
+
+    speedup: Estimate | None
+    min_speedup: float
+    worthwhile: bool | None
+    sentence: str
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """Latencies, and what was built but cannot run here (with the reason)."""
+    """Latencies, and what was built but cannot run here (with the reason).
+
+    Attributes:
+        engines: where the time goes, by precision.
+        verdict: None where INT8 was not asked for.
+        settled: whether the GPU's latencies had stopped moving before they were measured.
+        rounds: of interleaved timing.
+        notes: what could not be found out, and why.
+    """
 
     timings: tuple[Timing, ...]
     not_run: dict[str, str]
@@ -115,3 +320,8 @@ class BenchmarkReport:
     cores: int
     device: Device | None
     created: str
+    engines: dict[Precision, EngineAccount]
+    verdict: SpeedVerdict | None
+    settled: bool | None
+    rounds: int
+    notes: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ from pipeline.artifacts import (
 )
 from pipeline.config import Config, Precision
 from pipeline.data.dataset import Dataset, open_dataset
-from pipeline.errors import BuildFolderError, CheckFailed, DataError
+from pipeline.errors import BuildFolderError, CheckFailed, ConfigError, DataError, PipelineError, UnsupportedError
 from pipeline.reports import BenchmarkReport, Candidate, ValidationReport
 
 if TYPE_CHECKING:
@@ -49,8 +49,11 @@ if TYPE_CHECKING:
     from pipeline.backends.registry import Resolved
     from pipeline.calibration.table import CalibrationTable
     from pipeline.data.dataset import Sample
+    from pipeline.drift import DriftReport
 
 log = logging.getLogger(__name__)
+# Images on which tensors are compared layer by layer.
+LAYER_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -247,8 +250,49 @@ class Run:
         )
         return from_json(ValidationReport, target / "report.json")
 
+    def layers(self, precision: Precision) -> DriftReport:
+        """Every tensor of the clean graph against the typed graph's, on the first validation images.
+
+        Raises:
+            UnsupportedError: the implicit route, which has no typed graph.
+        """
+        from pipeline.backends.base import feed_image
+        from pipeline.drift import DriftReport, drift, emulated
+        from pipeline.graph.io import load_model, model_inputs
+
+        cleaned, typed, dataset = (
+            self.clean(),
+            self.engine(precision) / "model.onnx",
+            self._validation().first(LAYER_IMAGES),
+        )
+        if not typed.is_file():
+            raise UnsupportedError(
+                "the implicit route has no typed graph whose tensors could be compared",
+                expected="engine.route: explicit",
+                fix="give --set engine.route=explicit; ranges and INT8 arithmetic are the same there",
+            )
+        ran = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}, emulating the typed graph"
+
+        def make(folder: Path) -> None:
+            clean, graph = load_model(cleaned), load_model(typed)
+            (spec,) = model_inputs(clean)
+            feeds = [feed_image(spec, s.image, self.config.preprocessing, f"the image {s.name}") for s in dataset]
+            write_atomically(folder / "report.json", to_json(drift(clean, graph, emulated(graph), feeds, ran)))
+
+        target = self._stage(
+            f"layers/{precision}",
+            make,
+            config=[self.config.preprocessing],
+            parents={"clean": _hash(cleaned), "typed": _hash(typed), "images": dataset.fingerprint()},
+            tools=("onnxruntime",),
+        )
+        return from_json(DriftReport, target / "report.json")
+
     def benchmark(self, precisions: Sequence[Precision]) -> BenchmarkReport:
-        """Latencies of what runs here. Timings are facts of their moment, but are kept while nothing changes."""
+        """Latencies of what runs here. Timings are facts of their moment, but are kept while nothing changes.
+
+        Where INT8 runs, FP16 is built and timed too, so that INT8 is judged.
+        """
         from pipeline.backends.base import feed_image
         from pipeline.backends.onnxruntime import OnnxRuntimeRunner
         from pipeline.stages.benchmark import Contestant, benchmark
@@ -260,15 +304,24 @@ class Run:
         ]
         not_run: dict[str, str] = {}
         hashes: dict[str, str | None] = {}
-        for precision in precisions:
-            engine = self.engine(precision)
+        sibling: list[Precision] = ["fp16"] if "int8" in precisions and self._runs("int8") else []
+        timed = list(dict.fromkeys([*precisions, *sibling]))
+        for precision in timed:
+            try:
+                engine = self.engine(precision)
+            except PipelineError as error:
+                if precision in precisions:
+                    raise
+                not_run[precision] = error.problem  # nobody asked for the sibling
+                continue
             plan = engine / "model.engine"
-            target, what = self._resolved(precision), self._candidate(precision, engine)
-            hashes[precision] = what[0].model_sha256
-            if what[0].emulated:
+            target, (what, opens) = self._resolved(precision), self._candidate(precision, engine)
+            hashes[precision] = what.model_sha256
+            if what.emulated:
                 not_run[precision] = target.capabilities.why_not_run or "no engine was built"
             else:
-                contestants.append(Contestant(precision, "GPU, CUDA events", plan.stat().st_size, what[1]))
+                size, sha = plan.stat().st_size, what.model_sha256
+                contestants.append(Contestant(precision, "GPU, CUDA events", size, opens, precision, sha))
         sample = self._validation()[0]
         device = self._resolved(precisions[0]).capabilities.device
 
@@ -283,6 +336,8 @@ class Run:
                 device,
                 self.config.benchmark,
                 folder,
+                graph=cleaned,
+                wants_verdict="int8" in precisions,
             ),
             config=[self.config.benchmark, list(precisions), device.name if device else None],
             parents={"clean": _hash(cleaned), **hashes},
@@ -325,6 +380,7 @@ class Run:
         """Raise CheckFailed where a precision did not pass; every report stands by then."""
         failed = [
             f"{p}: {check.name} {check.shown} (bound {check.bound:g})"
+            + (f", worst: {', '.join(map(str, check.offenders))}" if check.offenders else "")
             for p in precisions
             for check in self.validate(p).checks
             if not check.passed
@@ -335,6 +391,58 @@ class Run:
                 expected="every figure within its bound (validate.tolerances)",
                 got="; ".join(failed),
                 fix=f"look at {self.folder / 'report' / 'index.html'}, or at validate/<precision>/report.json",
+            )
+
+    def network_sha256(self) -> str:
+        """What the network is made from: its factory with arguments and weights, or the ONNX file's content."""
+        from pipeline.graph.io import sha256_model
+
+        network = self.config.network
+        if network.onnx is not None:
+            return sha256_model(network.onnx)
+        return sha256_json([network.factory, network.arguments, _hash(network.weights)])
+
+    def check_speedup_can_be_judged(self, precisions: Sequence[Precision]) -> None:
+        """Raise where ``require_speedup`` could not answer: before the first minute of work, not after it.
+
+        Raises:
+            ConfigError: INT8 is not among the precisions.
+            UnsupportedError: no engine runs on this machine.
+        """
+        if "int8" not in precisions:
+            raise ConfigError(
+                "--require-speedup compares INT8 with FP16",
+                expected="int8 among the precisions",
+                got=", ".join(precisions),
+                fix="add -p int8, or leave --require-speedup out",
+            )
+        if not self._runs("int8"):
+            known = self._resolved("int8").capabilities
+            raise UnsupportedError(
+                "--require-speedup needs a machine that runs engines; this one does not",
+                got=known.why_not_run or f"backend: {known.name}, which builds no engines",
+                fix="run it on a GPU host, or leave --require-speedup out",
+            )
+
+    def require_speedup(self, precisions: Sequence[Precision]) -> None:
+        """Raise where INT8 is not surely faster than FP16; the report stands by then.
+
+        Raises:
+            CheckFailed: it is not worthwhile.
+            ConfigError, UnsupportedError: as ``check_speedup_can_be_judged``.
+        """
+        self.check_speedup_can_be_judged(precisions)
+        verdict = self.benchmark(precisions).verdict
+        if verdict is None or verdict.worthwhile is None:
+            raise UnsupportedError(
+                verdict.sentence if verdict else "INT8 was not judged", fix="run it on a GPU host that builds engines"
+            )
+        if not verdict.worthwhile:
+            raise CheckFailed(
+                verdict.sentence,
+                expected=f"an interval above {verdict.min_speedup:g} (benchmark.min_speedup)",
+                got=" ".join(verdict.reasons),
+                fix="see the time of each layer in benchmark/report.json; use FP16 if it cannot be helped",
             )
 
     # ------------------------------------------------------------------ parts
@@ -367,6 +475,11 @@ class Run:
         from pipeline.backends.registry import resolve
 
         return resolve(self.config.engine.backend, precision, self.config.engine.route)
+
+    def _runs(self, precision: Precision) -> bool:
+        """Whether an engine of this precision is built and runs on this machine."""
+        target = self._resolved(precision)
+        return target.builder is not None and target.capabilities.runs
 
     def _candidate(
         self, precision: Precision, engine: Path

@@ -5,31 +5,43 @@ What a library offers is read off the library (``hasattr``), never off its versi
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from pipeline.artifacts import Profile, TensorSpec
+from pipeline.backends import cuda
 from pipeline.backends.base import BuildRequest, BuildResult
+from pipeline.backends.building import interruptible, watched
+from pipeline.backends.options import chosen, configure
 from pipeline.backends.runner import EngineRunner
 from pipeline.backends.timing import read_timing_cache, set_aside, write_timing_cache
 from pipeline.backends.trt_api import DTYPES, collected, errors_of, logger, named_shape
-from pipeline.errors import EngineError, UnsupportedError
+from pipeline.errors import EngineError, ModelError, PipelineError, UnsupportedError
+from pipeline.graph.findings import refusals
 from pipeline.graph.io import model_inputs, model_outputs
+
+if TYPE_CHECKING:
+    import tensorrt
+
+    from pipeline.backends.api_types import Api
+
+    Adjust = Callable[[tensorrt.Builder, tensorrt.IBuilderConfig, tensorrt.IOptimizationProfile | None], None]
 
 __all__ = ["EngineRunner", "RefusedNode", "build", "parse", "read", "set_flag", "strongly_typed_offered"]
 
 log = logging.getLogger(__name__)
 
-# Libraries of their own, gigabytes large, that a UNet engine does not need.
-FOREIGN_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 SHOWN_ERRORS = 6
-Adjust = Callable[[Any, Any, Any], None]
+NO_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|could not be allocated", re.IGNORECASE)
+REQUESTED_BYTES = re.compile(r"requested (?:size(?: was| of)?|amount of GPU memory) \(?(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,13 @@ def strongly_typed_offered(trt: Any) -> bool:
     return hasattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED")
 
 
-def create_builder(trt: Any) -> Any:
+def create_builder(trt: Api) -> tensorrt.Builder:
     """A builder of the library.
 
     Raises:
         UnsupportedError: TensorRT makes none here, because of the driver or the GPU.
     """
-    with collected(trt) as messages:
+    with interruptible(), collected(trt) as messages:
         try:
             return trt.Builder(logger(trt))
         except TypeError as error:  # pybind11's way of saying that the factory returned nothing
@@ -67,19 +79,19 @@ def create_builder(trt: Any) -> Any:
             ) from error
 
 
-def create_network(trt: Any, builder: Any, *, strongly_typed: bool) -> Any:
+def create_network(trt: Api, builder: tensorrt.Builder, *, strongly_typed: bool) -> tensorrt.INetworkDefinition:
     """An empty network with an explicit batch dimension."""
     flags = getattr(trt, "NetworkDefinitionCreationFlag", None)
     wanted = ["EXPLICIT_BATCH", *(["STRONGLY_TYPED"] if strongly_typed else [])]
     return builder.create_network(sum(1 << int(getattr(flags, name)) for name in wanted if hasattr(flags, name)))
 
 
-def read(trt: Any, network: Any, model: Path) -> tuple[RefusedNode, ...]:
+def read(trt: Api, network: tensorrt.INetworkDefinition, model: Path) -> tuple[RefusedNode, ...]:
     """Read an ONNX file, with its external data, into the network; what the parser refuses, empty where it reads all.
 
     Parsers up to TensorRT 8.6 stop at the first refusal; behind it the operators that they do not know are named too.
     """
-    with collected(trt) as messages:
+    with interruptible(), collected(trt) as messages:
         parser = trt.OnnxParser(network, logger(trt))
         done = parser.parse_from_file(str(model))
     if done:
@@ -97,11 +109,11 @@ def read(trt: Any, network: Any, model: Path) -> tuple[RefusedNode, ...]:
     return tuple(refused) or (RefusedNode("", "", _joined(messages)),)
 
 
-def parse(trt: Any, network: Any, model: Path) -> None:
+def parse(trt: Api, network: tensorrt.INetworkDefinition, model: Path) -> None:
     """Read an ONNX file, with its external data, into the network.
 
     Raises:
-        EngineError: naming every node that TensorRT refuses, its operator and the reason.
+        EngineError: naming every node that TensorRT refuses, its operator, the reason, and a way out if one is known.
     """
     refused = read(trt, network, model)
     if not refused:
@@ -109,12 +121,13 @@ def parse(trt: Any, network: Any, model: Path) -> None:
     raise EngineError(
         f"{trt.__name__} {trt.__version__} cannot read the ONNX graph: {'; '.join(map(str, refused))}",
         expected="a graph of operators that TensorRT's ONNX parser supports",
-        fix="change the network where the node is made, or export it differently, and clean it again",
+        fix=_ways_out(model, {node.node for node in refused})
+        or "change the network where the node is made, or export it differently, and clean it again",
     )
 
 
 def build(
-    trt: Any,
+    trt: Api,
     request: BuildRequest,
     *,
     strongly_typed: bool,
@@ -138,7 +151,7 @@ def build(
     parse(trt, network, request.model)
     inputs, outputs = network_specs(network, request.model)
     config = builder.create_builder_config()
-    _configure(trt, config, request)
+    configure(trt, config, request.config)
     profile = add_profiles(trt, builder, config, network, request.profiles)
     if adjust is not None:
         adjust(builder, config, profile)
@@ -156,30 +169,44 @@ def build(
             timings = "warm" if data else "cold"
         if said:
             notes.append(f"TensorRT said of the timing cache: {said}")
-    plan = serialize(trt, builder, network, config, notes)
+    plan = serialize(trt, builder, network, config, notes, f"building {request.precision}", chosen(request.config))
     if path is not None and timing_owner is not None and timings != "none":
         write_timing_cache(path, timing_owner, bytes(config.get_timing_cache().serialize()), notes)
     return BuildResult(plan, inputs, outputs, time.perf_counter() - start, timings, tuple(notes))
 
 
-def serialize(trt: Any, builder: Any, network: Any, config: Any, notes: list[str]) -> bytes:
-    """Build the network: the engine's bytes. Errors that TensorRT recovered from are added to ``notes``.
+def serialize(
+    trt: Api,
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    config: tensorrt.IBuilderConfig,
+    notes: list[str],
+    description: str = "building",
+    options: Sequence[str] = (),
+) -> bytes:
+    """Build the network: the engine's bytes. Errors that TensorRT recovered from are logged and added to ``notes``.
+
+    Args:
+        description: what the progress bar says.
+        options: of the configuration that may have to do with a failure, for its message.
 
     Raises:
         EngineError: TensorRT gave up, with the errors that it logged.
+        KeyboardInterrupt: Ctrl-C, once TensorRT has stopped.
     """
-    with collected(trt) as messages:
-        plan = builder.build_serialized_network(network, config)
+    with interruptible() as stop, collected(trt) as messages, watched(trt, config, description, stop):
+        plan: tensorrt.IHostMemory | None = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(
-            f"{trt.__name__} {trt.__version__} cannot build the engine: {_joined(messages)}",
-            fix="see the reason above; for lack of memory, change engine.workspace_mib or free GPU memory",
-        )
-    notes.extend(f"TensorRT reported and recovered from: {text}" for text in errors_of(messages))
-    return bytes(plan)
+        raise _given_up(trt, messages, options)
+    for text in errors_of(messages):
+        notes.append(f"TensorRT reported and recovered from: {text}")
+        log.warning("%s", notes[-1])
+    return bytes(plan)  # type: ignore[arg-type]  # a buffer, which the stubs do not say
 
 
-def network_specs(network: Any, model: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def network_specs(
+    network: tensorrt.INetworkDefinition, model: Path
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs as TensorRT sees them, dynamic axes named as in the ONNX file.
 
     Raises:
@@ -193,19 +220,25 @@ def network_specs(network: Any, model: Path) -> tuple[tuple[TensorSpec, ...], tu
     )
 
 
-def add_profiles(trt: Any, builder: Any, config: Any, network: Any, profiles: Mapping[str, Profile]) -> Any:
+def add_profiles(
+    trt: Api,
+    builder: tensorrt.Builder,
+    config: tensorrt.IBuilderConfig,
+    network: tensorrt.INetworkDefinition,
+    profiles: Mapping[str, Profile],
+) -> tensorrt.IOptimizationProfile | None:
     """Give the config one optimization profile for all dynamic inputs; None for a static network.
 
     Raises:
         EngineError: a dynamic input without a profile, or a profile that its input's shape excludes.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    dynamic = [tensor for tensor in inputs if -1 in tuple(tensor.shape)]
+    dynamic = [tensor for tensor in inputs if -1 in _shape(tensor)]
     if not dynamic:
         return None
     profile = builder.create_optimization_profile()
     for tensor in dynamic:
-        shape = tuple(tensor.shape)
+        shape = _shape(tensor)
         chosen = profiles.get(tensor.name)
         if chosen is None:
             raise EngineError(
@@ -222,7 +255,7 @@ def add_profiles(trt: Any, builder: Any, config: Any, network: Any, profiles: Ma
                     got=str(sizes),
                     fix="correct engine.profile",
                 )
-        profile.set_shape(tensor.name, chosen.min, chosen.opt, chosen.max)
+        profile.set_shape(tensor.name, chosen.min, chosen.opt, chosen.max)  # type: ignore[arg-type]  # makes Dims
     with collected(trt) as messages:
         added = config.add_optimization_profile(profile)
     if added < 0:
@@ -233,7 +266,7 @@ def add_profiles(trt: Any, builder: Any, config: Any, network: Any, profiles: Ma
     return profile
 
 
-def set_flag(trt: Any, config: Any, name: str, *, on: bool = True) -> None:
+def set_flag(trt: Api, config: tensorrt.IBuilderConfig, name: str, *, on: bool = True) -> None:
     """Set or clear a builder flag by name.
 
     Raises:
@@ -249,26 +282,7 @@ def set_flag(trt: Any, config: Any, name: str, *, on: bool = True) -> None:
     (config.set_flag if on else config.clear_flag)(flag)
 
 
-def _configure(trt: Any, config: Any, request: BuildRequest) -> None:
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.config.workspace_mib << 20)
-    if hasattr(config, "builder_optimization_level"):
-        config.builder_optimization_level = request.config.optimization_level
-    if hasattr(trt.BuilderFlag, "TF32"):
-        set_flag(trt, config, "TF32", on=request.config.tf32)
-    if hasattr(trt.ProfilingVerbosity, "DETAILED"):  # names every layer in the engine; costs no time at inference
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    drop_foreign_tactics(trt, config)
-
-
-def drop_foreign_tactics(trt: Any, config: Any) -> None:
-    """Keep cuBLAS and cuDNN out of the engine, where this library still knows them."""
-    sources = getattr(trt, "TacticSource", None)
-    foreign = sum(1 << int(getattr(sources, name)) for name in FOREIGN_TACTICS if hasattr(sources, name))
-    if foreign:
-        config.set_tactic_sources(config.get_tactic_sources() & ~foreign)
-
-
-def _attach_timing_cache(trt: Any, config: Any, data: bytes) -> tuple[bool, str]:
+def _attach_timing_cache(trt: Api, config: tensorrt.IBuilderConfig, data: bytes) -> tuple[bool, str]:
     """Whether TensorRT took the cache, and what it said."""
     with collected(trt) as messages:
         cache = config.create_timing_cache(data)
@@ -276,7 +290,11 @@ def _attach_timing_cache(trt: Any, config: Any, data: bytes) -> tuple[bool, str]
     return accepted, _joined(messages) if messages else ""
 
 
-def _spec(tensor: Any, named: Mapping[str, tuple[int | str, ...]]) -> TensorSpec:
+def _shape(tensor: tensorrt.ITensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)  # type: ignore[arg-type]  # a sequence, which the stubs do not say
+
+
+def _spec(tensor: tensorrt.ITensor, named: Mapping[str, tuple[int | str, ...]]) -> TensorSpec:
     kind = tensor.dtype.name
     if kind not in DTYPES:
         raise EngineError(
@@ -284,12 +302,10 @@ def _spec(tensor: Any, named: Mapping[str, tuple[int | str, ...]]) -> TensorSpec
             expected=", ".join(DTYPES.values()),
             fix="cast it in the graph",
         )
-    return TensorSpec(
-        tensor.name, named_shape(tensor.name, tuple(tensor.shape), named.get(tensor.name, ())), DTYPES[kind]
-    )
+    return TensorSpec(tensor.name, named_shape(tensor.name, _shape(tensor), named.get(tensor.name, ())), DTYPES[kind])
 
 
-def _refusal(error: Any, nodes: Sequence[onnx.NodeProto]) -> RefusedNode:
+def _refusal(error: tensorrt.ParserError, nodes: Sequence[onnx.NodeProto]) -> RefusedNode:
     index = error.node()
     name = error.node_name() if hasattr(error, "node_name") else ""
     operator = error.node_operator() if hasattr(error, "node_operator") else ""
@@ -299,6 +315,38 @@ def _refusal(error: Any, nodes: Sequence[onnx.NodeProto]) -> RefusedNode:
     said = error.desc().strip()
     reason = "not supported" if said in ("", "false") else said  # some checks are a bare assertion
     return RefusedNode(*where, f"{reason} [{error.func()}]")
+
+
+def _ways_out(model: Path, refused: set[str]) -> str:
+    """What to do about the refused nodes, as far as the reasons are known; empty where none is."""
+    with contextlib.suppress(ModelError):
+        found = [item for item in refusals(onnx.load(model)) if item.node in refused]
+        return "; ".join(dict.fromkeys(f"{item.node}: {item.way_out}" for item in found))
+    return ""
+
+
+def _given_up(trt: Api, messages: list[str], options: Sequence[str]) -> EngineError:
+    """The error of a build that came to nothing; for lack of memory with how much was wanted and how much there is."""
+    problem = f"{trt.__name__} {trt.__version__} cannot build the engine: {_joined(messages)}"
+    if any(NO_MEMORY.search(text) for text in messages):
+        asked = max((int(size) for text in messages for size in REQUESTED_BYTES.findall(text)), default=0)
+        return EngineError(
+            problem,
+            expected=f"{asked / 2**20:,.0f} MiB of GPU memory at once" if asked else "more GPU memory",
+            got=_memory(),
+            fix="free GPU memory, or use a smaller batch, smaller sizes in engine.profile, or a smaller "
+            "engine.workspace_mib",
+        )
+    suspects = f", or without {' and '.join(options)}" if options else ""
+    return EngineError(problem, fix=f"see the reason above; try another engine.optimization_level{suspects}")
+
+
+def _memory() -> str:
+    try:
+        free, total = cuda.free_memory()
+    except PipelineError:
+        return ""
+    return f"{free / 2**20:,.0f} MiB free of {total / 2**20:,.0f}"
 
 
 def _joined(messages: list[str]) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from pipeline.artifacts import TensorSpec
 from pipeline.backends.base import Arrays, Capabilities, check_feeds
 from pipeline.errors import ModelError
-from pipeline.graph.emulate import exactly_rounded
+from pipeline.graph.emulate import exactly_rounded, overflowing
 from pipeline.graph.io import load_model
 
 # Exceptions of ONNX Runtime share no public base class but these modules' own.
@@ -100,11 +101,17 @@ class OnnxRuntimeRunner:
 
 
 def emulate(typed: Path) -> OnnxRuntimeRunner:
-    """A typed graph (or any other ONNX file) on ONNX Runtime, with QuantizeLinear rounding as the standard says."""
+    """A typed graph (or any other ONNX file) on ONNX Runtime.
+
+    QuantizeLinear rounds as the standard says, and FP16 overflows as on a GPU.
+    """
     model = load_model(typed)
-    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    if not (quantized or half):
         return OnnxRuntimeRunner(typed)
-    return OnnxRuntimeRunner(exactly_rounded(model).SerializeToString())
+    rounded = exactly_rounded(model) if quantized else model
+    return OnnxRuntimeRunner((overflowing(rounded) if half else rounded).SerializeToString())
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import defaultdict
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import Profile, TensorSpec
 from pipeline.backends import cuda
 from pipeline.backends.base import Arrays, check_feeds
+from pipeline.backends.layers import printable
 from pipeline.backends.trt_api import DTYPES, collected, errors_of, logger, named_shape
 from pipeline.errors import EngineError, PipelineError
 
@@ -34,6 +36,7 @@ class EngineRunner:
         trt: the API module, ``tensorrt`` or ``tensorrt_rtx``.
         plan: a serialized engine. Deserialising executes what is in it: load only what you trust.
         axes: names of dynamic axes by tensor, as the manifest has them; default: ``<tensor>_<axis>``.
+        host_code: let the engine run code of its own on the host, which version-compatible ones need.
 
     Attributes:
         inputs, outputs: of the engine.
@@ -45,14 +48,21 @@ class EngineRunner:
         EngineError: not an engine of this library and version, or out of GPU memory.
     """
 
-    def __init__(self, trt: Any, plan: bytes, *, axes: dict[str, tuple[int | str, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        plan: bytes,
+        *,
+        axes: dict[str, tuple[int | str, ...]] | None = None,
+        host_code: bool = False,
+    ) -> None:
         self.trt = trt
         self.captured = False
         self._buffers: dict[str, cuda.DeviceBuffer] = {}
         self._bound: tuple[tuple[int, ...], ...] | None = None
         self._device = cuda.current_device()
         with collected(trt) as messages:
-            self._runtime, self._engine, self._context = self._load(plan)
+            self._runtime, self._engine, self._context = self._load(plan, host_code)
         if self._context is None:
             reasons = "; ".join(errors_of(messages)) or "it gave no reason"
             raise EngineError(
@@ -188,9 +198,35 @@ class EngineRunner:
         both = np.array(times, np.float64).reshape(-1, 2)
         return both[:, 0], both[:, 1]
 
+    def profile(self, feeds: Arrays, runs: int = 50) -> dict[str, float]:
+        """Mean GPU milliseconds of every layer by name, over ``runs`` inferences after one that is not counted.
+
+        The GPU waits between layers and no CUDA graph is used: together they take longer than a whole inference.
+
+        Raises:
+            EngineError: a failed execution, or no layer reported.
+        """
+        self(feeds)
+        profiler = _profiler(self.trt)
+        self._context.profiler = profiler
+        try:
+            for _ in range(runs):
+                self.enqueue()
+                self._stream.synchronize()
+        finally:
+            self._renew_context()
+        if not profiler.milliseconds:
+            raise EngineError("the engine reports no layer's time", fix="build it again with this TensorRT")
+        return {name: total / runs for name, total in profiler.milliseconds.items()}
+
     def layers(self) -> str:
-        """What the engine consists of, as TensorRT's engine inspector tells it: JSON text."""
+        """What the engine consists of, as TensorRT's engine inspector tells it: JSON text.
+
+        Sizes of dynamic axes are those of the last inference, and unknown before the first.
+        """
         inspector = self._engine.create_engine_inspector()
+        if self._bound is not None:
+            inspector.execution_context = self._context
         text = str(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
         # TensorRT 8.6.0 leaves control characters in layer names, which no JSON parser takes.
         return "".join(character for character in text if character >= " " or character == "\n")
@@ -215,7 +251,7 @@ class EngineRunner:
     ) -> None:
         self.close()
 
-    def _load(self, plan: bytes) -> tuple[Any, Any, Any]:
+    def _load(self, plan: bytes, host_code: bool) -> tuple[Any, Any, Any]:
         bridge = logger(self.trt)
         if hasattr(self.trt, "init_libnvinfer_plugins"):
             self.trt.init_libnvinfer_plugins(bridge, "")
@@ -223,8 +259,22 @@ class EngineRunner:
             runtime = self.trt.Runtime(bridge)
         except TypeError:  # pybind11's way of saying that the factory returned nothing
             return None, None, None
+        if host_code:
+            runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(plan)
         return runtime, engine, engine.create_execution_context() if engine is not None else None
+
+    def _renew_context(self) -> None:
+        """A context without the profiler, which would forbid CUDA graphs; the old one first gives its profile back."""
+        self._context = None
+        self._bound = None
+        with collected(self.trt) as messages:
+            self._context = self._engine.create_execution_context()
+        if self._context is None:
+            reasons = "; ".join(errors_of(messages)) or "it gave no reason"
+            raise EngineError(f"TensorRT cannot set the engine up again: {reasons}", fix="free GPU memory")
+        for name, buffer in self._buffers.items():
+            self._context.set_tensor_address(name, buffer.address)
 
     def _specs(self, axes: dict[str, tuple[int | str, ...]]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         inputs: list[TensorSpec] = []
@@ -341,3 +391,18 @@ class EngineRunner:
             elapsed = time.perf_counter() - start
             if elapsed >= seconds:
                 return max(elapsed / count, 1e-6)
+
+
+def _profiler(trt: Any) -> Any:
+    """An IProfiler of the library that adds up ``milliseconds`` by layer."""
+    base: Any = trt.IProfiler
+
+    class Times(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.milliseconds: dict[str, float] = defaultdict(float)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.milliseconds[printable(layer_name)] += ms
+
+    return Times()

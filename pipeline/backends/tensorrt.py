@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,14 @@ from pipeline.artifacts import Profile
 from pipeline.backends import cuda, nvinfer
 from pipeline.backends.ahead import Ahead
 from pipeline.backends.base import Arrays, BuildRequest, BuildResult, Capabilities, RouteName
+from pipeline.backends.options import drop_foreign_tactics
 from pipeline.backends.trt_api import version_number
 from pipeline.calibration.table import HEADERS, CalibrationTable
 from pipeline.config import Algorithm, EngineConfig
 from pipeline.errors import CalibrationError, EngineError, PipelineError, UnsupportedError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +105,9 @@ class TensorrtBuilder:
             calibrator = cached_calibrator(trt, request.table)
         typed = not implicit and strongly_typed(trt)
 
-        def adjust(builder: Any, config: Any, profile: Any) -> None:
+        def adjust(
+            builder: tensorrt.Builder, config: tensorrt.IBuilderConfig, profile: tensorrt.IOptimizationProfile | None
+        ) -> None:
             if request.precision != "fp32":
                 _require_fast(builder, request.precision)
                 if not typed:
@@ -170,7 +176,7 @@ def _calibrate(
     settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mib << 20)
     if hasattr(settings, "builder_optimization_level"):
         settings.builder_optimization_level = 0
-    nvinfer.drop_foreign_tactics(trt, settings)
+    drop_foreign_tactics(trt, settings)
     nvinfer.set_flag(trt, settings, "INT8")
     # TF32 would make the observed ranges depend on the GPU.
     nvinfer.set_flag(trt, settings, "TF32", on=False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.backends import cuda, nvinfer
 from pipeline.backends.base import BuildRequest, BuildResult, Capabilities
 from pipeline.errors import EngineError, PipelineError, UnsupportedError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 INSTALL = "pip install 'tensorrt-rtx-cu13>=1.7' 'cuda-python>=13'"
 
@@ -77,7 +80,7 @@ class RtxBuilder:
             )
         trt = api()
 
-        def target(_: Any, config: Any, __: Any) -> None:
+        def target(_: tensorrt.Builder, config: Any, __: tensorrt.IOptimizationProfile | None) -> None:
             wanted = [f"SM{capability.replace('.', '')}" for capability in target_capabilities(trt)]
             if not wanted or not hasattr(config, "set_compute_capability"):
                 return

@@ -6,7 +6,12 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorrt
+
+    from pipeline.backends.api_types import Api
 
 DTYPES = {
     "FLOAT": "float32",
@@ -25,10 +30,10 @@ LEVELS = {
     "ERROR": logging.ERROR,
     "INTERNAL_ERROR": logging.ERROR,
 }
-_loggers: dict[str, Any] = {}
+_loggers: dict[str, tensorrt.ILogger] = {}
 
 
-def logger(trt: Any) -> Any:
+def logger(trt: Api) -> Any:
     """The one logger of a TensorRT library in this process: TensorRT keeps the first it is given for good.
 
     Its messages go to the Python logger ``pipeline.backends.<library>``, where their severity decides the level.
@@ -39,7 +44,7 @@ def logger(trt: Any) -> Any:
 
 
 @contextlib.contextmanager
-def collected(trt: Any) -> Iterator[list[str]]:
+def collected(trt: Api) -> Iterator[list[str]]:
     """Within the block TensorRT's errors and warnings land in the list, as "E: …" or "W: …", errors nowhere else.
 
     Whoever collects them raises them or keeps them as notes; TensorRT also reports as errors what it recovers from.
@@ -74,13 +79,15 @@ def named_shape(tensor: str, shape: tuple[int, ...], names: tuple[int | str, ...
     )
 
 
-def _make(trt: Any) -> Any:
+def _make(trt: Api) -> Any:
     target = logging.getLogger(f"pipeline.backends.{trt.__name__}")
     levels = {getattr(trt.ILogger, name): level for name, level in LEVELS.items()}
 
-    class Bridge(trt.ILogger):  # type: ignore[misc]
+    base: Any = trt.ILogger
+
+    class Bridge(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.messages: list[str] | None = None
 
         def log(self, severity: Any, message: str) -> None:

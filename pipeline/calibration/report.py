@@ -81,11 +81,11 @@ def report_beside(cache: Path, data: bytes) -> CalibrationReport | None:
         CalibrationError: the cache is not what calibration wrote.
         BuildFolderError: the report cannot be read.
     """
-    own = cache.with_name(cache.name + ".json")
-    places = [own, cache.with_name(REPORT_FILE)] if cache.name == CACHE_FILE else [own]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        return None
+    file = cache.with_name(cache.name + ".json")
+    if not file.is_file():
+        file = cache.with_name(REPORT_FILE)
+        if cache.name != CACHE_FILE or not file.is_file() or b'"cache_sha256"' not in file.read_bytes():
+            return None  # what lies there is another stage's report
     report = from_json(CalibrationReport, file)
     if report.cache_sha256 != sha256_bytes(data):
         raise CalibrationError(

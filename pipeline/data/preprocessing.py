@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import PreprocessingConfig
 from pipeline.errors import DataError, ModelError
+from pipeline.metrics.outputs import strongest_class
 
 Pixels = NDArray[np.uint8]
 
@@ -145,7 +146,7 @@ def class_ids(output: NDArray[Any], classes: int) -> NDArray[np.integer]:
     Raises:
         ModelError: there is an id that is no class.
     """
-    mask = np.asarray(output[0] if output.ndim == 3 else output[0].argmax(0))
+    mask = np.asarray(output[0] if output.ndim == 3 else strongest_class(output[0]))
     if mask.size and int(mask.max()) >= classes:
         raise ModelError(
             f"the model gives class {int(mask.max())}, and its card names {classes} classes",

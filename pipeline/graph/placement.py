@@ -80,20 +80,22 @@ def shared_ranges(model: ModelProto, table: CalibrationTable, exclude: Sequence[
     """The table with one range, the largest, for all tensors that a passing node joins (see ``sites``, rule 2): it then
     takes and gives the same integers, and nothing is requantized.
     """
-    passing = _passed(model, {node.output[0] for node in quantizable(model, exclude)})
-    groups: dict[str, set[str]] = {}
-    for node in model.graph.node:
-        if node.output[0] in passing:
-            joined = {node.output[0], *_data(node)}
-            joined = joined.union(*(groups.get(tensor, set()) for tensor in joined))
-            groups.update(dict.fromkeys(joined, joined))
-    largest = {tensor: max(table.amax[name] for name in joined) for tensor, joined in groups.items()}
-    return replace(table, amax={**table.amax, **largest})
+    return _joined(model, table, _passed(model, {node.output[0] for node in quantizable(model, exclude)}))
+
+
+def implicit_ranges(model: ModelProto, table: CalibrationTable) -> CalibrationTable:
+    """The table with one range for all that any passing node joins, as TensorRT's implicit route needs it.
+
+    There TensorRT 8.6.0 runs Resize and MaxPool in INT8, and these hand the integers on: where the ranges of input and
+    output differ, so do the values, by their ratio (docs/decisions/0007).
+    """
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    return _joined(model, table, {n.output[0] for n in model.graph.node if _passes(n) and fixed.isdisjoint(_data(n))})
 
 
 def is_site(node: NodeProto) -> bool:
     """Whether ``sites`` has an entry for the node."""
-    return is_convolution(node) or (node.op_type in PASSING and node.domain in STANDARD)
+    return is_convolution(node) or _passes(node)
 
 
 def is_convolution(node: NodeProto) -> bool:
@@ -122,6 +124,21 @@ def quantizable(model: ModelProto, exclude: Sequence[str]) -> list[NodeProto]:
     return [node for node in nodes if not any(fnmatchcase(node.name, pattern) for pattern in exclude)]
 
 
+def _passes(node: NodeProto) -> bool:
+    return node.op_type in PASSING and node.domain in STANDARD
+
+
+def _joined(model: ModelProto, table: CalibrationTable, passing: set[str]) -> CalibrationTable:
+    groups: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        if node.output[0] in passing:
+            joined = {node.output[0], *_data(node)}
+            joined = joined.union(*(groups.get(tensor, set()) for tensor in joined))
+            groups.update(dict.fromkeys(joined, joined))
+    largest = {tensor: max(table.amax[name] for name in joined) for tensor, joined in groups.items()}
+    return replace(table, amax={**table.amax, **largest})
+
+
 def _data(node: NodeProto) -> Sequence[str]:
     return list(node.input if node.op_type == "Concat" else node.input[:1])
 
@@ -135,7 +152,7 @@ def _passed(model: ModelProto, chosen: set[str]) -> set[str]:
     fixed = {value.name for value in model.graph.output} | {tensor.name for tensor in model.graph.initializer}
     wanted, found = set(chosen), set()
     for node in reversed(model.graph.node):
-        passing = is_site(node) and not is_convolution(node) and fixed.isdisjoint([node.output[0], *_data(node)])
+        passing = _passes(node) and fixed.isdisjoint([node.output[0], *_data(node)])
         if passing and any(reader.output[0] in wanted for reader in readers[node.output[0]]):
             wanted.add(node.output[0])
             found.add(node.output[0])

@@ -82,7 +82,7 @@ class Symbolic:
 
     def _input_shape(self, tensor: gs.Tensor) -> Shape:
         sizes: list[Expr] = []
-        roles = _roles(tensor)
+        meanings = roles(tensor)
         for axis, size in enumerate(tensor.shape or ()):
             if isinstance(size, int):
                 sizes.append(expr(size))
@@ -90,7 +90,7 @@ class Symbolic:
             if not isinstance(size, str) or not size:
                 sizes.append(expr(Symbol(f"{tensor.name}[{axis}]")))
                 continue
-            multiple = self._multiples.get(size, self._multiples.get(roles.get(axis, ""), 1))
+            multiple = self._multiples.get(size, self._multiples.get(meanings.get(axis, ""), 1))
             sizes.append(expr(Symbol(size if multiple == 1 else f"{size}/{multiple}")) * multiple)
         return tuple(sizes)
 
@@ -123,7 +123,7 @@ class Symbolic:
         return bool(tensor.is_empty()) or self.value(tensor) is not None
 
 
-def _roles(tensor: gs.Tensor) -> dict[int, str]:
+def roles(tensor: gs.Tensor) -> dict[int, str]:
     """What the axes of a graph input mean to ``multiples``; nothing where it is no image."""
     if tensor.shape is None or len(tensor.shape) != 4:
         return {}

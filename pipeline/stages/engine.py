@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,19 @@ from pipeline.artifacts import (
     sha256_bytes,
     sha256_file,
     to_json,
+    workshop,
     write_atomically,
 )
 from pipeline.backends.base import BuildRequest, Capabilities, RouteName
+from pipeline.backends.options import recorded
 from pipeline.backends.registry import resolve
 from pipeline.calibration.table import CalibrationTable, check_table, renamed, some
 from pipeline.config import Axis, EngineConfig, Precision, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
+from pipeline.graph.fit import axis_sizes
 from pipeline.graph.half import to_half
 from pipeline.graph.io import load_model, model_inputs, save_model, sha256_model
-from pipeline.graph.placement import activation_tensors, quantizable_tensors
+from pipeline.graph.placement import activation_tensors, implicit_ranges, quantizable_tensors
 from pipeline.graph.promises import read_raw_names
 from pipeline.graph.quantize import quantize
 
@@ -67,7 +69,8 @@ def build_engine(
 
     Raises:
         CalibrationError: INT8 without a table, or with one of another graph.
-        ConfigError: a profile for an axis that the model fixes, or none for one that it leaves free.
+        ConfigError: a profile for an axis that the model fixes, or none for one that it leaves free, or one with a
+            size that the network cannot take.
         EngineError: the library refuses the graph.
         UnsupportedError: this machine cannot build such an engine.
     """
@@ -81,6 +84,7 @@ def build_engine(
     builder, route, known = target.builder, target.route, target.capabilities
     model = load_model(clean)
     profiles = make_profiles(model_inputs(model), config.profile)
+    check_sizes(model, profiles)
     folder.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     if precision == "int8" and table is not None:
@@ -125,6 +129,7 @@ def build_engine(
         timing_cache=result.timing_cache,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         notes=(*notes, *result.notes, f"built on {platform.system()} {platform.machine()}"),
+        options=recorded(config),
     )
     write_atomically(folder / ENGINE, result.plan)
     write_atomically(folder / MANIFEST, to_json(manifest))
@@ -141,25 +146,24 @@ def build_engine_file(
     target: Path,
 ) -> EngineManifest:
     """Build one engine to a file: ``target``, ``manifest.json`` beside it and, on the explicit route, the typed graph
-    as ``<stem of target>.typed.onnx``.
+    as ``<stem of target>.typed.onnx``. Of two processes at one folder the second waits for the first.
 
     Raises:
         EngineError: another engine lies in the folder, whose manifest this one's would replace.
+        BuildFolderError: the folder is unwritable or full.
         UnsupportedError: backend onnxruntime, which builds no engines.
         As ``build_engine``; nothing is written then.
     """
     if config.backend == "onnxruntime":
         raise UnsupportedError("ONNX Runtime builds no engines", fix="use --backend auto, tensorrt or tensorrt-rtx")
-    others = [path.name for path in target.parent.glob("*.engine") if path.name != target.name]
-    if others and (target.parent / MANIFEST).exists():
-        raise EngineError(
-            f"the folder of {target} holds another engine, {others[0]}, which {MANIFEST} describes",
-            expected="one engine in a folder",
-            fix="choose another folder with -o",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
-        made = Path(name)
+    with workshop(target) as made:
+        others = [path.name for path in target.parent.glob("*.engine") if path.name != target.name]
+        if others and (target.parent / MANIFEST).exists():
+            raise EngineError(
+                f"the folder of {target} holds another engine, {others[0]}, which {MANIFEST} describes",
+                expected="one engine in a folder",
+                fix="choose another folder with -o",
+            )
         manifest = build_engine(model, precision, config, table, cache_sha256, card, made, None)
         if manifest is None:
             raise UnsupportedError("no engine was built", fix="name a backend that builds engines")
@@ -220,6 +224,30 @@ def make_profiles(inputs: tuple[TensorSpec, ...], ranges: Mapping[Axis, ProfileR
     return profiles
 
 
+def check_sizes(model: onnx.ModelProto, profiles: Mapping[str, Profile]) -> None:
+    """See to it that the network can take every size of the profiles; a graph that is not understood is let through.
+
+    Raises:
+        ConfigError: a size at which skip connections do not meet, or nothing is left of the image.
+    """
+    if not profiles:
+        return
+    known = axis_sizes(model)
+    for spec in model_inputs(model):
+        places = {place: axis for axis, place in _layout(spec).items()}
+        for bound in ("min", "opt", "max") if spec.name in profiles else ():
+            for place, size in enumerate(getattr(profiles[spec.name], bound)):
+                problem = known[spec.name, place].problem(size) if (spec.name, place) in known else ""
+                if problem:
+                    near = " or ".join(map(str, known[spec.name, place].nearest(size)))
+                    raise ConfigError(
+                        f"the network takes no {places[place]} of {size}: {problem}",
+                        expected=f"sizes such as {near}" if near else "sizes that the network was made for",
+                        got=f"engine.profile.{places[place]}.{bound} {size}",
+                        fix=f"set it to {near}" if near else "choose other sizes",
+                    )
+
+
 def _fitting(
     table: CalibrationTable,
     model: onnx.ModelProto,
@@ -255,7 +283,8 @@ def _fitting(
         notes.append(f"{len(told)} ranges of tensors that the graph does not have: {some(told)}")
     for note in notes:
         log.warning("%s", note)
-    return replace(fitting, amax={tensor: amax for tensor, amax in fitting.amax.items() if tensor not in unknown})
+    fitting = replace(fitting, amax={tensor: amax for tensor, amax in fitting.amax.items() if tensor not in unknown})
+    return implicit_ranges(model, fitting) if route == "implicit" else fitting
 
 
 def _typed(

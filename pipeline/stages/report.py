@@ -12,6 +12,7 @@ import jinja2
 from pipeline import __version__
 from pipeline.artifacts import ModelCard
 from pipeline.config import Precision
+from pipeline.presenting import bracketed, negated, number
 from pipeline.reports import BenchmarkReport, ValidationReport
 
 
@@ -37,6 +38,7 @@ def write_report(inputs: Inputs, folder: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.stages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.globals.update(bracketed=bracketed, negated=negated, number=number)
     latency = {timing.name: timing for timing in inputs.benchmark.timings} if inputs.benchmark else {}
     page = environment.get_template("report.html.j2").render(
         version=__version__, latency=latency, gallery=_gallery(inputs), **vars(inputs)

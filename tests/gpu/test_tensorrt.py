@@ -4,6 +4,10 @@ Runs on CPython 3.10 with TensorRT 8.6 and without torch, as well as on newer on
 """
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
@@ -143,8 +147,18 @@ def test_implicit_int8_uses_the_tables_ranges(folder, table):
 def test_a_table_that_lacks_ranges_is_refused(folder, table):
     needs("implicit")
     partial = CalibrationTable("entropy", {name: amax for name, amax in table.amax.items() if name != "resized"})
-    with pytest.raises(CalibrationError, match="another model"):
+    with pytest.raises(CalibrationError, match="lacks 1 of the ranges"):
         build_engine(folder / "clean.onnx", "int8", settings("implicit"), partial, None, None, folder / "no", None)
+
+
+def test_ranges_that_differ_across_a_resize(folder, table, tmp_path):
+    """TensorRT 8.6.0's INT8 Resize ignores the change: without the join of ranges all that it gives would be halved."""
+    needs("implicit")
+    half = CalibrationTable("entropy", {**table.amax, "resized": table.amax["resized"] / 2})
+    build_engine(folder / "clean.onnx", "int8", settings("implicit"), half, None, None, tmp_path, None)
+    (feeds,) = images(1, seed=7)
+    with load_engine(tmp_path / "model.engine") as runner:
+        assert error(runner(feeds)["logits"], reference(tiny_unet(), feeds)) < TOLERANCE["int8"]
 
 
 class TestCalibration:
@@ -264,6 +278,67 @@ def test_timing_cache_cold_warm_damaged(folder, tmp_path):
     assert any("set aside" in note for note in damaged.notes)
     assert (tmp_path / "timing.cache.damaged").exists()
     assert build().timing_cache == "warm"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tf32": True},
+        {"sparsity": True},
+        {"hardware_compatible": True},
+        {"version_compatible": True},
+        {"refit": True},
+        {"profiling": "none"},
+    ],
+    ids=str,
+)
+def test_options(folder, tmp_path, options):
+    (name,) = options
+    try:
+        manifest = build_engine(
+            folder / "clean.onnx", "fp16", settings(**options), None, None, None, tmp_path / "out", None
+        )
+    except (UnsupportedError, EngineError) as refused:  # a version-compatible build needs TensorRT's lean runtime
+        said, why = str(refused), refused.problem
+    else:
+        said = why = ""
+    if said:
+        assert f"engine.{name}" in said
+        pytest.skip(why)
+    assert options.items() <= manifest.options.items()
+    (feeds,) = images(1, seed=7)
+    with load_engine(tmp_path / "out" / "model.engine") as runner:
+        assert error(runner(feeds)["logits"], reference(tiny_unet(), feeds)) < TOLERANCE["fp16"]
+
+
+def test_an_interrupted_build_leaves_nothing(folder, tmp_path):
+    """Where this TensorRT has no progress monitor the build ends first, and is thrown away."""
+    code = (
+        "import logging, sys\nfrom pathlib import Path\nfrom pipeline.config import EngineConfig\n"
+        "from pipeline.stages.engine import build_engine_file\n"
+        "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
+        "build_engine_file(Path(sys.argv[1]), 'fp16', EngineConfig(backend='tensorrt', optimization_level=5),"
+        " None, None, None, Path(sys.argv[2]))\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "clean.onnx"), str(tmp_path / "out" / "a.engine")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("building the fp16 engine" in line for line in iter(process.stdout.readline, ""))
+    time.sleep(0.5)
+    assert process.poll() is None, "the build is too quick for this test"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGINT, said
+    assert "KeyboardInterrupt" in said
+    assert not list((tmp_path / "out").glob("**/*"))
+
+
+def test_sizes_that_the_network_cannot_take(tmp_path):
+    clean = save(tiny_unet(1, size="side"), tmp_path / "clean.onnx")
+    good, odd = ProfileRange(min=32, opt=64, max=96), ProfileRange(min=30, opt=64, max=96)
+    with pytest.raises(ConfigError, match="takes no width of 30"):
+        build_engine(
+            clean, "fp16", settings(profile={"height": good, "width": odd}), None, None, None, tmp_path / "out", None
+        )
 
 
 def test_a_refused_node_is_named(tmp_path):

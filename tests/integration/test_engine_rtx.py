@@ -1,10 +1,16 @@
 """Real TensorRT-RTX builds on whatever machine this is: no GPU is needed to build, and most have none to run on."""
 
 import logging
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.artifacts import ModelCard, sha256_bytes, sha256_file
 from pipeline.backends import cuda
@@ -107,6 +113,108 @@ def test_a_node_that_the_parser_refuses_is_named(tmp_path):
     assert "Antialiasing is not supported" in line
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workspace_mib": 64},
+        {"optimization_level": 0},
+        {"optimization_level": 5},
+        {"tf32": True},
+        {"sparsity": True},
+        {"profiling": "none"},
+    ],
+    ids=str,
+)
+def test_options_that_rtx_has(clean, tmp_path, options):
+    config = EngineConfig(backend="tensorrt-rtx", **options)
+    manifest = build_engine(clean, "fp16", config, None, None, None, tmp_path / "out", None)
+    assert options.items() <= manifest.options.items()
+
+
+def test_options_that_rtx_refuses(clean, tmp_path):
+    config = EngineConfig(backend="tensorrt-rtx", hardware_compatible=True)
+    with pytest.raises(UnsupportedError, match=r"does not offer engine\.hardware_compatible: .*unsupported in"):
+        build_engine(clean, "fp16", config, None, None, None, tmp_path / "out", None)
+
+
+@pytest.mark.skipif(KNOWN.device is not None, reason="refused without a GPU")
+@pytest.mark.parametrize("option", ["refit", "version_compatible"])
+def test_options_that_rtx_fails_on_are_named(clean, tmp_path, option):
+    """It accepts them; building then needs a GPU, or a library that its package does not hold."""
+    config = EngineConfig(backend="tensorrt-rtx", **{option: True})
+    with pytest.raises(EngineError, match="cannot build the engine") as caught:
+        build_engine(clean, "fp16", config, None, None, None, tmp_path / "out", None)
+    assert f"without engine.{option}" in caught.value.fix
+
+
+BUILD = """
+import logging
+import sys
+from pathlib import Path
+from pipeline.config import EngineConfig
+from pipeline.stages.engine import build_engine_file
+source, target = map(Path, sys.argv[1:])
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+print("ready", flush=True)
+build_engine_file(source, "fp16", EngineConfig(backend="tensorrt-rtx"), None, None, None, target)
+"""
+
+
+def start_building(source: Path, target: Path, until: str = "ready") -> subprocess.Popen[str]:
+    """In a process of its own; returns when it has imported everything, or logged what it is waited for."""
+    command = [sys.executable, "-c", BUILD, str(source), str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(until in line for line in iter(process.stdout.readline, ""))
+    return process
+
+
+def test_two_builds_at_once_into_one_folder(clean, tmp_path):
+    other = save(tiny_unet(seed=1), tmp_path / "other.onnx")
+    out = tmp_path / "out"
+    builds = [start_building(source, out / "a.engine") for source in (clean, other, clean)]
+    assert [process.wait(60) for process in builds] == [0, 0, 0], [p.communicate() for p in builds]
+    assert sorted(path.name for path in out.iterdir()) == ["a.engine", "a.typed.onnx", "manifest.json"]
+    manifest = read_manifest(out)
+    assert manifest.engine_sha256 == sha256_file(out / "a.engine")
+    assert manifest.onnx_sha256 in (sha256_file(clean), sha256_file(other))
+
+
+def test_a_second_engine_in_the_folder_is_refused_though_both_begin_at_once(clean, tmp_path):
+    builds = [start_building(clean, tmp_path / "out" / name) for name in ("a.engine", "b.engine")]
+    assert sorted(process.wait(60) for process in builds) == [0, 1]
+    assert len(list((tmp_path / "out").glob("*.engine"))) == 1
+
+
+def chain(length: int) -> onnx.ModelProto:
+    """Convolutions behind one another: 1500 keep the builder busy for seconds."""
+    values = {f"w{i}": np.full((8, 8, 3, 3), 0.01 * (i % 7), np.float32) for i in range(length)}
+    names = ["image", *(f"x{i}" for i in range(length - 1)), "logits"]
+    nodes = [
+        helper.make_node("Conv", [names[i], f"w{i}"], [names[i + 1]], f"conv{i}", pads=[1] * 4) for i in range(length)
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8, 32, 32]) for name in ("image", "logits")]
+    weights = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("where", ["ready", "building the fp16 engine"], ids=["in Python", "in TensorRT"])
+def test_an_interrupted_build_leaves_nothing(tmp_path, where):
+    """TensorRT's bindings would swallow a KeyboardInterrupt."""
+    source = save(chain(1500), tmp_path / "chain.onnx")
+    process = start_building(source, tmp_path / "out" / "a.engine", where)
+    time.sleep(0.3)
+    assert process.poll() is None, "the build is too quick for this test"
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT, said
+    assert "KeyboardInterrupt" in said
+    assert time.monotonic() - started < 60
+    assert not list((tmp_path / "out").glob("**/*"))
+
+
 def test_building_says_nothing_on_the_terminal(clean, tmp_path, capfd, caplog):
     caplog.set_level(logging.WARNING)
     build_engine(clean, "fp16", RTX, None, None, None, tmp_path / "out", None)
@@ -131,10 +239,16 @@ def test_loading_where_it_cannot_run_says_why(clean, tmp_path):
         load_engine(tmp_path / "out" / "model.engine")
 
 
-def test_an_edited_engine_is_refused_without_a_gpu_too(clean, tmp_path):
-    build_engine(clean, "fp16", RTX, None, None, None, tmp_path / "out", None)
-    path = tmp_path / "out" / "model.engine"
-    path.write_bytes(path.read_bytes()[:-1])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda plan: plan[:-1], lambda plan: plan[:99] + bytes([plan[99] ^ 1]) + plan[100:], lambda plan: b""],
+    ids=["truncated", "one bit flipped", "emptied"],
+)
+@pytest.mark.parametrize("name", ["model.engine", "own.engine"])
+def test_an_edited_engine_is_refused_without_a_gpu_too(clean, tmp_path, name, damage):
+    path = tmp_path / "out" / name
+    build_engine_file(clean, "fp16", RTX, None, None, None, path)
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(EngineError, match="changed, truncated or replaced"):
         load_engine(path)
 

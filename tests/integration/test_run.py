@@ -232,11 +232,20 @@ def test_regress_accepts_then_catches(project: Project, unet_trt: Command) -> No
     assert unet_trt("regress", "-c", project.config).code == 0
     file = project.root / "working" / "baselines" / "tiny.json"
     baseline = load(file)
-    baseline["figures"]["emulated/fp32/mean_iou"] += 0.01
+    baseline["machines"]["emulated"]["fp32/mean_iou"]["value"] += 0.01
     file.write_text(json.dumps(baseline))
-    worse = unet_trt("regress", "-c", project.config)
+    worse = unet_trt("regress", "-c", project.config, "--junit", "regress.xml", "--markdown", "regress.md")
     assert worse.code == 1
-    assert "emulated/fp32/mean_iou" in worse.err
+    assert "fp32/mean_iou" in worse.err
+    assert "REGRESSED" in worse.out
+    assert 'failures="1"' in (project.root / "working" / "regress.xml").read_text()
+    assert "**REGRESSED**" in (project.root / "working" / "regress.md").read_text()
+    unexplained = unet_trt("regress", "-c", project.config, "--update")
+    assert unexplained.code == 2
+    assert "--reason" in unexplained.err
+    assert unet_trt("regress", "-c", project.config, "--update", "--reason", "a test").code == 0
+    assert load(file)["accepted"][-1]["reason"] == "a test"
+    assert unet_trt("regress", "-c", project.config, "--set", "data.seed=1", "--reason", "why").code == 2
 
 
 def test_doctor_says_what_this_machine_can_do(unet_trt: Command) -> None:

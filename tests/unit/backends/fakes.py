@@ -98,6 +98,8 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.shape: tuple[int, ...] = (-1, 2)
         self.fails = False
+        self.profiler: Any = None
+        self.created = 0
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = shape
@@ -119,6 +121,9 @@ class FakeContext:
             source = (ctypes.c_float * count).from_address(self.addresses["x"])
             target = (ctypes.c_float * count).from_address(self.addresses["y"])
             target[:] = [2 * value for value in source]
+            if self.profiler is not None:
+                self.profiler.report_layer_time("double\x1e + relu", 2.0)
+                self.profiler.report_layer_time("copy", 0.5)
         return True
 
 
@@ -129,6 +134,15 @@ def fake_trt(gpu: FakeCuda, *, loads: bool = True) -> Any:
     class ILogger:
         VERBOSE, INFO, WARNING, ERROR, INTERNAL_ERROR = range(5)
 
+    class IProfiler:
+        pass
+
+    def create_context() -> FakeContext:
+        context.profiler = None
+        context.addresses.clear()
+        context.created += 1
+        return context
+
     engine = SimpleNamespace(
         num_io_tensors=2,
         get_tensor_name=lambda index: "xy"[index],
@@ -137,12 +151,17 @@ def fake_trt(gpu: FakeCuda, *, loads: bool = True) -> Any:
         get_tensor_shape=lambda name: (-1, 2),
         get_tensor_mode=lambda name: Mode.INPUT if name == "x" else Mode.OUTPUT,
         get_tensor_profile_shape=lambda name, index: [(1, 2), (2, 2), (4, 2)],
-        create_execution_context=lambda: context,
+        create_execution_context=create_context,
+        create_engine_inspector=lambda: SimpleNamespace(
+            get_engine_information=lambda kind: '{"Layers": ["double\x1e + relu", "copy"]}'
+        ),
     )
     api = SimpleNamespace(
         __name__=f"fake_trt_{id(gpu)}",
         __version__="1.2.3",
         ILogger=ILogger,
+        IProfiler=IProfiler,
+        LayerInformationFormat=SimpleNamespace(JSON="JSON"),
         TensorLocation=SimpleNamespace(DEVICE="DEVICE"),
         TensorIOMode=Mode,
         context=context,

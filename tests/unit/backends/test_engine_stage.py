@@ -1,5 +1,7 @@
 """The engine stage's checks: profiles, tables, what is written where."""
 
+import os
+
 import onnx
 import pytest
 
@@ -9,7 +11,8 @@ from pipeline.backends.registry import Resolved
 from pipeline.calibration.report import CalibrationReport
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, ProfileRange
-from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
+from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, EngineError, UnsupportedError
+from pipeline.graph.placement import implicit_ranges
 from pipeline.graph.promises import write_raw_names
 from pipeline.stages import engine
 from pipeline.stages.engine import build_engine, build_engine_file, make_profiles
@@ -108,7 +111,7 @@ def test_implicit_builds_the_clean_graph_with_the_table(use, clean, table, tmp_p
     manifest = run(clean, "int8", table, tmp_path / "int8")
     (request,) = builder.requests
     assert request.model == clean
-    assert request.table == table
+    assert request.table == implicit_ranges(onnx.load(clean), table)
     assert request.timing_cache is not None
     assert not (tmp_path / "int8" / "model.onnx").exists()
     assert manifest == from_json(EngineManifest, tmp_path / "int8" / "manifest.json")
@@ -151,7 +154,7 @@ def test_what_else_a_cache_names_is_dropped_and_told(use, clean, table, tmp_path
     builder = use("implicit")
     more = {**table.amax, "(Unnamed Layer* 3) [Shuffle]": 1.0, "strange": 1.0}
     manifest = run(clean, "int8", CalibrationTable("entropy", more, 8502), tmp_path / "int8", route="implicit")
-    assert dict(builder.requests[0].table.amax) == dict(table.amax)
+    assert builder.requests[0].table.amax == implicit_ranges(onnx.load(clean), table).amax
     assert "1 ranges of tensors that the graph does not have: strange" in manifest.notes
     assert any("its header names TensorRT 8502" in note for note in manifest.notes)
 
@@ -164,7 +167,7 @@ def test_a_cache_in_the_raw_exports_names(use, clean, table, tmp_path):
     onnx.save(model, tmp_path / "named.onnx")
     old = {f"/raw/{name}" if name in some else name: value for name, value in table.amax.items()}
     manifest = run(tmp_path / "named.onnx", "int8", CalibrationTable("entropy", old), tmp_path / "o", route="implicit")
-    assert dict(builder.requests[0].table.amax) == dict(table.amax)
+    assert builder.requests[0].table.amax == implicit_ranges(onnx.load(clean), table).amax
     assert any(note.startswith("2 ranges of the calibration cache were found under") for note in manifest.notes)
 
 
@@ -200,6 +203,33 @@ def test_onnxruntime_gets_the_typed_graph_alone(clean, table, tmp_path, precisio
     assert [path.name for path in folder.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.parametrize(("bound", "sizes"), [("min", (30, 32, 64)), ("opt", (32, 50, 64)), ("max", (32, 64, 66))])
+def test_sizes_that_the_network_cannot_take(use, tmp_path, bound, sizes):
+    use("implicit")
+    clean = save(tiny_unet(1, size="side"), tmp_path / "dynamic.onnx")
+    wrong = ProfileRange(min=sizes[0], opt=sizes[1], max=sizes[2])
+    bad = getattr(wrong, bound)
+    with pytest.raises(ConfigError, match=f"the network takes no width of {bad}: at join1") as caught:
+        run(clean, "fp16", None, tmp_path / "out", profile={"height": SIDE, "width": wrong})
+    assert caught.value.got == f"engine.profile.width.{bound} {bad}"
+    assert caught.value.expected == f"sizes such as {bad - 2} or {bad + 2}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_the_network_can_take(use, tmp_path):
+    builder = use("implicit")
+    clean = save(tiny_unet(1, size="side"), tmp_path / "dynamic.onnx")
+    run(clean, "fp16", None, tmp_path / "out", profile={"height": SIDE, "width": SIDE})
+    assert builder.requests[0].profiles["image"].max == (1, 3, 128, 128)
+
+
+def test_the_manifest_says_how_it_was_built(use, clean, tmp_path):
+    use("implicit")
+    run(clean, "fp16", None, tmp_path / "fp16", refit=True, optimization_level=5)
+    options = from_json(EngineManifest, tmp_path / "fp16" / "manifest.json").options
+    assert (options["refit"], options["optimization_level"], options["sparsity"]) == (True, 5, False)
+
+
 class TestFile:
     """``unet-trt engine CLEAN.onnx -o model.engine``."""
 
@@ -233,6 +263,26 @@ class TestFile:
         with pytest.raises(EngineError, match="refused"):
             self.build(clean, tmp_path / "out" / "a.engine")
         assert list((tmp_path / "out").iterdir()) == []
+
+    def test_what_killed_builds_left_is_cleared(self, use, clean, tmp_path):
+        use("implicit")
+        for name in (".a.engine.99.partial", ".b.engine.99.partial"):
+            (tmp_path / name).mkdir()
+        self.build(clean, tmp_path / "a.engine")
+        assert [path.name for path in tmp_path.glob(".*")] == [".b.engine.99.partial"]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+    def test_a_folder_that_cannot_be_written(self, use, clean, tmp_path):
+        use("implicit")
+        (tmp_path / "fixed").mkdir(mode=0o500)
+        with pytest.raises(BuildFolderError, match="cannot write"):
+            self.build(clean, tmp_path / "fixed" / "a.engine")
+
+    def test_a_file_where_a_folder_should_be(self, use, clean, tmp_path):
+        use("implicit")
+        (tmp_path / "file").touch()
+        with pytest.raises(BuildFolderError, match="cannot write"):
+            self.build(clean, tmp_path / "file" / "a.engine")
 
     def test_onnxruntime_makes_no_engine_file(self, clean, tmp_path):
         with pytest.raises(UnsupportedError, match="builds no engines"):

@@ -170,3 +170,30 @@ def test_trust_needs_no_manifest(engine, tmp_path):
     (tmp_path / "manifest.json").unlink()
     with load_engine(path, trust=True) as runner:
         assert runner.inputs[0].shape == ("x_0", 2)
+
+
+@pytest.mark.parametrize("built", ["1.2.3", "1.2.0", "1.0.9.11"])
+def test_version_compatible_engines_load_in_later_versions(engine, trt, built):
+    trt.Runtime = lambda logger, make=trt.Runtime: runtimes.append(make(logger)) or runtimes[-1]
+    runtimes = []
+    load_engine(engine(backend_version=built, options={"version_compatible": True})).close()
+    assert runtimes[0].engine_host_code_allowed
+
+
+@pytest.mark.parametrize("built", ["1.2.4", "1.10.0", "2.0.0", "0.9"])
+def test_but_in_no_earlier_version_nor_the_next_major_one(engine, never_deserialised, built):
+    with pytest.raises(EngineError, match="was built with tensorrt"):
+        load_engine(engine(backend_version=built, options={"version_compatible": True}))
+
+
+OTHER = {"name": "NVIDIA H200", "compute_capability": "9.0", "driver": "600.1"}
+
+
+def test_hardware_compatible_engines_load_on_other_gpus(engine):
+    load_engine(engine(device=OTHER, options={"hardware_compatible": True})).close()
+
+
+def test_but_on_none_before_ampere(engine, never_deserialised, monkeypatch):
+    monkeypatch.setattr(cuda, "current_device", lambda: Device("NVIDIA T4", "7.5", "550.1"))
+    with pytest.raises(EngineError, match="this machine has NVIDIA T4"):
+        load_engine(engine(device=OTHER, options={"hardware_compatible": True}))

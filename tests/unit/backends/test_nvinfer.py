@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.artifacts import Profile
-from pipeline.backends import nvinfer
+from pipeline.backends import cuda, nvinfer
 from pipeline.backends.base import BuildRequest
 from pipeline.backends.trt_api import logger
 from pipeline.config import EngineConfig
@@ -71,11 +71,12 @@ class Library(SimpleNamespace):
             ILogger=ILogger,
             refusals=[],
             plan=b"plan",
+            says=[],
             flags_of_network=None,
             NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0),
             BuilderFlag=SimpleNamespace(TF32="TF32", FP16="FP16"),
             MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
-            ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"),
+            ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED", NONE="NONE"),
             TacticSource=SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2, JIT_CONVOLUTIONS=4),
         )
         network = SimpleNamespace(
@@ -93,8 +94,8 @@ class Library(SimpleNamespace):
             return network
 
         def build(network, config):
-            if self.plan is None:
-                logger(self).log(ILogger.ERROR, "[a.cpp::b::3] Error Code 2: OutOfMemory (no tactic)")
+            for severity, text in self.says:
+                logger(self).log(severity, text)
             return self.plan
 
         self.Builder = lambda _: SimpleNamespace(
@@ -158,9 +159,59 @@ def test_every_refused_node_is_named_though_the_parser_gives_an_index_alone(trt,
 
 
 def test_a_build_given_up_says_why(trt, ask):
-    trt.plan = None
-    with pytest.raises(EngineError, match=r"cannot build the engine: Error Code 2: OutOfMemory \(no tactic\)"):
+    trt.plan, trt.says = None, [(ILogger.ERROR, "[a.cpp::b::3] Error Code 10: no implementation for node x")]
+    with pytest.raises(EngineError, match="cannot build the engine: Error Code 10: no implementation") as caught:
         nvinfer.build(trt, ask(), strongly_typed=False)
+    assert "without" not in caught.value.fix
+    with pytest.raises(EngineError) as caught:
+        nvinfer.build(trt, ask(config=EngineConfig(tf32=True, workspace_mib=8)), strongly_typed=False)
+    assert "or without engine.workspace_mib and engine.tf32" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (
+            [(ILogger.ERROR, "[a.cpp::b::1] Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)")],
+            "4,096 MiB",
+        ),
+        ([(ILogger.ERROR, "Requested amount of GPU memory (1048576 bytes) could not be allocated.")], "1 MiB"),
+        (
+            [
+                (ILogger.WARNING, "Skipping tactic 3 due to insufficient memory on requested size of 2097152 detected"),
+                (ILogger.WARNING, "Skipping tactic 4 due to insufficient memory on requested size of 3145728 detected"),
+                (ILogger.ERROR, "Could not find any implementation for node conv"),
+            ],
+            "3 MiB",
+        ),
+        ([(ILogger.ERROR, "Cuda Runtime (out of memory)")], "more GPU memory"),
+    ],
+)
+def test_lack_of_memory_says_what_was_needed(monkeypatch, trt, ask, said, wanted):
+    monkeypatch.setattr(cuda, "free_memory", lambda: (1 << 30, 8 << 30))
+    trt.plan, trt.says = None, said
+    with pytest.raises(EngineError, match="cannot build the engine") as caught:
+        nvinfer.build(trt, ask(), strongly_typed=False)
+    assert caught.value.expected.startswith(wanted)
+    assert caught.value.got == "1,024 MiB free of 8,192"
+    assert "engine.workspace_mib" in caught.value.fix
+
+
+def test_what_tensorrt_recovered_from_is_logged_and_noted(trt, ask, caplog):
+    trt.says = [(ILogger.ERROR, "[a.cpp::b::3] Myelin error")]
+    result = nvinfer.build(trt, ask(), strongly_typed=False)
+    assert result.notes == ("TensorRT reported and recovered from: Myelin error",)
+    assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", result.notes[0])]
+
+
+def test_a_refused_node_comes_with_a_way_out(trt, ask, tmp_path):
+    antialiased = tiny_unet(antialias=True)
+    place = next(i for i, node in enumerate(antialiased.graph.node) if node.name == "up1")
+    where = {"func": lambda: "importResize", "code": lambda: 9}
+    trt.refusals = [SimpleNamespace(node=lambda: place, desc=lambda: "no antialiasing", **where)]
+    with pytest.raises(EngineError, match=r"node up1 \(Resize\)") as caught:
+        nvinfer.build(trt, ask(model=save(antialiased, tmp_path / "antialiased.onnx")), strongly_typed=False)
+    assert caught.value.fix.startswith("up1: interpolate with antialias=False")
 
 
 def test_no_builder_on_this_machine(trt, ask):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.artifacts import Profile
+from pipeline.backends.layers import parse_layers
 from pipeline.backends.runner import EngineRunner
 from pipeline.errors import EngineError
 from tests.unit.backends.fakes import FakeCuda, fake_trt
@@ -103,3 +104,27 @@ def test_transfer_milliseconds(gpu):
     with EngineRunner(fake_trt(gpu), b"plan") as runner:
         there, back = runner.transfer_milliseconds(feed(2), repeats=3)
     assert there.shape == back.shape == (3,)
+
+
+def test_profile_names_layers_as_the_inspector_does_and_ends(gpu):
+    trt = fake_trt(gpu)
+    with EngineRunner(trt, b"plan") as runner:
+        times = runner.profile(feed(2), runs=5)
+        assert times == {"double + relu": 2.0, "copy": 0.5}
+        assert [layer.name for layer in parse_layers(runner.layers())] == list(times)
+        assert trt.context.created == 2
+        assert runner(feed(2))["y"].tolist() == [[0, 2], [4, 6]]
+        assert trt.context.profiler is None
+        assert set(runner.device_milliseconds(feed(2), 0.01, 0.0)) == {2.0}
+        assert runner.captured
+
+
+def test_a_profile_that_fails_leaves_the_runner_usable(gpu):
+    trt = fake_trt(gpu)
+    with EngineRunner(trt, b"plan") as runner:
+        runner(feed(2))
+        trt.context.fails = True
+        with pytest.raises(EngineError, match="failed to run"):
+            runner.profile(feed(2))
+        trt.context.fails = False
+        assert runner(feed(1))["y"].tolist() == [[0, 2]]

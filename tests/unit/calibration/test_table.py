@@ -193,3 +193,9 @@ def test_the_report_of_another_cache_is_not_looked_at(tmp_path: Path) -> None:
     write_with_report(tmp_path, "calibration.cache", "report.json")
     (tmp_path / "old.cache").write_text(CACHE)
     assert read_cache(tmp_path / "old.cache").report is None
+
+
+def test_another_stages_report_is_not_the_caches(tmp_path: Path) -> None:
+    (tmp_path / "calibration.cache").write_text(CACHE)
+    (tmp_path / "report.json").write_text('{"raw_sha256": "x"}')
+    assert read_cache(tmp_path / "calibration.cache").report is None

@@ -10,7 +10,7 @@ from onnx import ModelProto, helper
 
 from pipeline.calibration.table import CalibrationTable
 from pipeline.errors import CalibrationError
-from pipeline.graph.placement import activation_tensors, quantizable_tensors, shared_ranges
+from pipeline.graph.placement import activation_tensors, implicit_ranges, quantizable_tensors, shared_ranges
 from pipeline.graph.quantize import quantize
 from tests.unit.graph.builders import image, model, ops, run, weights
 
@@ -92,6 +92,12 @@ def test_a_missing_range_is_named() -> None:
     with pytest.raises(CalibrationError, match="lacks 1 of the ranges") as caught:
         quantize(one_level(), partial, half=False, qdq="shared")
     assert caught.value.got.startswith("1 missing: up")
+
+
+def test_on_the_implicit_route_an_upsampled_output_is_joined_too() -> None:
+    table = implicit_ranges(one_level(resized_output=True), CalibrationTable("minmax", {**TABLE.amax, "y": 2.0}))
+    assert {tensor: table.amax[tensor] for tensor in JOINED} == dict.fromkeys(JOINED, 5.5)
+    assert (table.amax["head"], table.amax["y"], table.amax["x"]) == (3.0, 3.0, 4.0)
 
 
 def test_all_activations_are_known_by_name() -> None:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pipeline.artifacts import ModelCard, TensorSpec, from_json
 from pipeline.config import ClassConfig, PreprocessingConfig, Tolerance, ValidateConfig
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.errors import DataError, ModelError
-from pipeline.reports import Candidate, ValidationReport
+from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.reports import Candidate, Interval, Offender, ValidationReport
 from pipeline.stages.validate import validate
 
 CLASSES = tuple(ClassConfig(name=name, colour=(9, 9, 9)) for name in ("ground", "thing", "rare"))
@@ -47,6 +47,8 @@ def logits_of(mask: NDArray[np.integer], margin: float = 4) -> NDArray[np.float3
 
 
 MASK = np.array([[0, 0, 1, 1]] * 4)
+RARE = np.array([[0, 0, 1, 2]] * 4)
+WORSE = np.array([[0, 0, 0, 1]] * 4)
 
 
 def dataset(*labels: NDArray[np.integer] | None) -> Dataset:
@@ -122,10 +124,115 @@ def test_every_image_counts_and_the_worst_is_named(tmp_path: Path) -> None:
 
 
 def test_without_labels_only_agreement_is_judged(tmp_path: Path) -> None:
-    report = judge(Constant(logits_of(MASK)), dataset(None), tmp_path)
+    no_budget = STRICT.model_copy(update={"max_miou_drop": None})
+    report = judge(Constant(logits_of(MASK)), dataset(None), tmp_path, no_budget)
     assert report.passed
     assert report.scores is None
+    assert not report.drops
     assert "mIoU drop" not in {check.name for check in report.checks}
+
+
+ALL_VOID = np.full_like(MASK, 255)
+
+
+@pytest.mark.parametrize("budget", ["max_miou_drop", "max_class_iou_drop", "max_dice_drop", "max_boundary_f_drop"])
+@pytest.mark.parametrize("labels", [None, ALL_VOID], ids=["no labels", "all void"])
+def test_a_budget_that_needs_labels_is_no_silent_pass(tmp_path: Path, budget: str, labels: Any) -> None:
+    tolerance = Tolerance(**{"atol": 1, "rtol": 1, "min_agreement": 0, "max_miou_drop": None, budget: 0.1})
+    with pytest.raises(ConfigError, match=f"int8.{budget} cannot be judged without labels"):
+        judge(Constant(logits_of(MASK)), dataset(labels), tmp_path, tolerance)
+
+
+def test_default_budgets_need_no_labels(tmp_path: Path) -> None:
+    perfect = Constant(logits_of(MASK))
+    assert validate(Constant(logits_of(MASK)), perfect, WHAT, dataset(None), CARD, ValidateConfig(), tmp_path).passed
+
+
+def test_offenders_name_class_and_image(tmp_path: Path) -> None:
+    class Second(Constant):
+        def __call__(self, feeds: Any) -> dict[str, NDArray[Any]]:
+            return {"logits": logits_of(MASK if feeds["image"].max() < 0.5 / 255 else WORSE)}
+
+    budgets = {"max_miou_drop": 0.01, "max_class_iou_drop": 0.01, "max_dice_drop": 0.01, "max_boundary_f_drop": 0.01}
+    tolerance = Tolerance(atol=99, rtol=99, min_agreement=0, min_boundary_f=0.99, **budgets)
+    report = judge(Second(logits_of(MASK)), dataset(RARE, RARE), tmp_path, tolerance)
+    names = {"mIoU drop", "class IoU drop", "Dice drop"}
+    assert names <= failed(report)
+    check = next(c for c in report.checks if c.name == "class IoU drop")
+    assert check.offenders[0].class_name == "thing"
+    assert check.offenders[0].image == check.worst_image == "image 1"
+    assert check.value == pytest.approx(report.drops["class_iou/thing"].value)
+    assert report.worst["mean_iou drop"].image == "image 1"
+
+
+def test_intervals_hold_the_figure_and_one_image_has_none(tmp_path: Path) -> None:
+    half = MASK.copy()
+    half[:2] = 1 - half[:2]
+    images = dataset(MASK, half, MASK, half, MASK)
+    report = judge(Constant(logits_of(MASK)), images, tmp_path)
+    assert report.scores is not None
+    bounds = report.scores.intervals["mean_iou"]
+    assert bounds.low < report.scores.mean_iou < bounds.high
+    assert report.drops["mean_iou"].value == 0
+    assert report.drops["mean_iou"].interval == Interval(0, 0)
+    alone = judge(Constant(logits_of(MASK)), dataset(MASK), tmp_path)
+    assert alone.scores is not None
+    assert alone.scores.intervals == {}
+
+
+def test_near_ties_count_apart(tmp_path: Path) -> None:
+    wanted = logits_of(MASK)
+    wanted[0, :2, 0, 0] = [2.0, 1.999]
+    got = wanted.copy()
+    got[0, 0, 0, 0] = 1.99  # nearly a tie before
+    got[0, :, 3, 3] = [4, 0, 0]  # was sure of another class
+    config = ValidateConfig(near_tie=0.01)
+    report = validate(Constant(wanted), Constant(got), WHAT, dataset(MASK), CARD, config, tmp_path)
+    assert report.flips is not None
+    assert (report.flips.flipped, report.flips.near_ties, report.flips.clear) == (2, 1, 1)
+    assert report.flips.max_margin == pytest.approx(1.0)
+    assert report.flips.worst == Offender(1.0, "image 0")
+
+
+def test_categories_are_judged_as_one_class(tmp_path: Path) -> None:
+    grouped = tuple(c.model_copy(update={"category": g}) for c, g in zip(CLASSES, ("a", "b", "b"), strict=True))
+    card = ModelCard("tiny", CARD.preprocessing, grouped, 255)
+    confused = np.where(MASK == 1, 2, MASK)
+    model = Constant(logits_of(confused))
+    report = validate(model, model, WHAT, dataset(MASK), card, ValidateConfig(), tmp_path)
+    assert report.scores is not None
+    assert report.scores.class_iou["thing"] == 0
+    assert report.scores.category_iou == {"a": 1.0, "b": 1.0}
+    assert report.scores.mean_category_iou == 1.0
+
+
+def test_not_finite_is_named_with_image_and_count(tmp_path: Path) -> None:
+    logits = logits_of(MASK)
+    logits[0, 1, 0, :2] = np.nan, np.inf
+    report = judge(Constant(logits), dataset(MASK, MASK), tmp_path)
+    check = report.checks[0]
+    assert (check.value, check.bound, check.passed) == (4.0, 0.0, False)
+    assert str(check.offenders[0]) == "image 0 2 (values of output logits)"
+    assert report.outputs["logits"].not_finite == {"image 0": 2, "image 1": 2}
+    assert report.outputs["logits"].cosine is None
+
+
+def test_a_reference_that_is_not_finite_never_passes(tmp_path: Path) -> None:
+    logits = logits_of(MASK)
+    logits[0, 1, 0, 0] = np.nan
+    model = Constant(logits)
+    generous = Tolerance(atol=1e9, rtol=1e9, min_agreement=0, max_miou_drop=1)
+    config = ValidateConfig(tolerances={"int8": generous})
+    report = validate(model, model, WHAT, dataset(MASK), CARD, config, tmp_path)
+    assert not report.passed
+    assert [str(o) for o in report.checks[0].offenders][1] == "image 0 1 (FP32 values of output logits)"
+
+
+def test_label_of_another_size_and_ids_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="label map of image 0 has another size"):
+        judge(Constant(logits_of(MASK)), dataset(MASK[:2]), tmp_path)
+    with pytest.raises(DataError, match="holds the value 7, which is no class"):
+        judge(Constant(logits_of(MASK)), dataset(np.full_like(MASK, 7)), tmp_path)
 
 
 def test_statistics_other_than_elementwise(tmp_path: Path) -> None:
@@ -153,3 +260,21 @@ def test_image_of_another_size(tmp_path: Path) -> None:
     samples = Dataset(("a",), lambda name: Sample(name, np.zeros((5, 4, 1), np.uint8), None))
     with pytest.raises(DataError, match="another size than the model takes"):
         judge(Constant(logits_of(MASK)), samples, tmp_path)
+
+
+def test_every_output_is_compared_whatever_their_order(tmp_path: Path) -> None:
+    class Two(Constant):
+        def __init__(self, order: tuple[str, str], depth: float) -> None:
+            super().__init__(logits_of(MASK))
+            self.order, self.depth = order, depth
+
+        def __call__(self, feeds: Any) -> dict[str, NDArray[Any]]:
+            values = {"logits": logits_of(MASK), "depth": np.full((1, 2), self.depth, np.float32)}
+            return {name: values[name] for name in self.order}
+
+    reference, candidate = Two(("logits", "depth"), 1.0), Two(("depth", "logits"), 1.5)
+    tolerance = ValidateConfig(tolerances={"int8": STRICT})
+    report = validate(reference, candidate, WHAT, dataset(MASK), CARD, tolerance, tmp_path)
+    assert report.agreement == 1.0
+    assert failed(report) == {"outputs"}
+    assert (report.outputs["depth"].max_abs, report.outputs["logits"].max_abs) == (0.5, 0.0)

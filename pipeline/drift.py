@@ -1,0 +1,215 @@
+"""Where along the network a candidate leaves FP32: every tensor of the clean graph, compared with ONNX Runtime's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, numpy_helper
+from pydantic.dataclasses import dataclass
+
+from pipeline.artifacts import SCHEMA_VERSION
+from pipeline.backends.base import Arrays, Runner
+from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.errors import CalibrationError, ModelError
+from pipeline.graph.emulate import exactly_rounded, overflowing
+from pipeline.graph.placement import activation_tensors
+from pipeline.graph.shapes import dims, infer
+
+Opener = Callable[[Sequence[str]], AbstractContextManager[Runner]]
+# A tensor is where the error jumps when it has this much less SQNR than the worst tensor that it is made from; and one
+# that is made from exact ones alone when it has less than FLOOR_DB.
+JUMP_DB, FLOOR_DB = 10.0, 20.0
+GROUP_BYTES = 512 << 20
+# What takes signal away and adds no error: SQNR falls there though nothing is wrong.
+ACTIVATIONS = ("Relu", "LeakyRelu", "PRelu", "Clip")
+
+
+@dataclass(frozen=True)
+class TensorDrift:
+    """One tensor, over all images.
+
+    Attributes:
+        node, op: what gives it.
+        sqnr_db: signal to quantization noise, 10 log10(sum x² / sum (x - y)²); None where nothing differs.
+        cosine: of all values as one vector; None where one side is zero.
+        max_abs_error, largest: largest |x - y| and |x|, in the tensor's unit.
+        saturated: share of FP32's values beyond the range of the tensor's Q/DQ pair; None without one.
+    """
+
+    tensor: str
+    node: str
+    op: str
+    sqnr_db: float | None
+    cosine: float | None
+    max_abs_error: float
+    largest: float
+    saturated: float | None
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """Every tensor in topological order, and the first where the error jumps (None: nowhere).
+
+    Attributes:
+        ran: what gave the candidate's tensors.
+        missing: tensors that it could not give, since what it runs has them no more.
+    """
+
+    ran: str
+    images: int
+    tensors: tuple[TensorDrift, ...]
+    jump: str | None
+    missing: tuple[str, ...]
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+
+def drift(
+    clean: ModelProto,
+    typed: ModelProto,
+    candidate: Opener,
+    feeds: Sequence[Arrays],
+    ran: str,
+    *,
+    limit: int = GROUP_BYTES,
+) -> DriftReport:
+    """Compare tensor by tensor, some at a time.
+
+    Args:
+        clean: the FP32 graph.
+        typed: what the candidate was made from; tells which of the tensors still exist, and the ranges of its pairs.
+        candidate: opens a runner that gives the tensors named, by their names.
+        feeds: the images as the graph takes them.
+        limit: bytes of FP32 tensors of one image that are compared at a time.
+
+    Raises:
+        ModelError: there is no image, or a graph that cannot be run.
+        CalibrationError: a tensor of the candidate holds NaN or infinite values.
+    """
+    if not feeds:
+        raise ModelError("there is no image to compare the layers on", fix="name validation images")
+    producers = {name: node for node in clean.graph.node for name in node.output}
+    wanted = [tensor for tensor in activation_tensors(clean) if tensor in producers]
+    existing = {name for node in typed.graph.node for name in node.output}
+    ranges = _ranges(typed)
+    sums: dict[str, _Sums] = {}
+    for group in _groups(clean, [tensor for tensor in wanted if tensor in existing], feeds[0], limit):
+        with _with_outputs(clean, group) as reference, candidate(group) as other:
+            for feed in feeds:
+                ours, theirs = other(feed), reference(feed)
+                for tensor in group:
+                    sums.setdefault(tensor, _Sums(tensor, ranges.get(tensor))).add(theirs[tensor], ours[tensor])
+    tensors = tuple(sums[tensor].figures(producers[tensor]) for tensor in wanted if tensor in sums)
+    return DriftReport(
+        ran,
+        len(feeds),
+        tensors,
+        _jump(tensors, producers),
+        tuple(tensor for tensor in wanted if tensor not in existing),
+    )
+
+
+def emulated(typed: ModelProto) -> Opener:
+    """Opens the typed graph on ONNX Runtime."""
+    exact = overflowing(exactly_rounded(typed))
+    return lambda tensors: _with_outputs(exact, tensors)
+
+
+def _with_outputs(model: ModelProto, tensors: Sequence[str]) -> OnnxRuntimeRunner:
+    shown = ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.output[:]
+    shown.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors)
+    return OnnxRuntimeRunner(shown.SerializeToString(), optimize=False)
+
+
+def _groups(model: ModelProto, tensors: Sequence[str], feed: Arrays, limit: int) -> Iterator[list[str]]:
+    """The tensors in order, in groups of at most ``limit`` bytes (one may exceed it alone)."""
+    fixed = ModelProto()
+    fixed.CopyFrom(model)
+    for value in fixed.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, feed[value.name].shape, strict=True):
+            dim.dim_value = size
+    del fixed.graph.output[:]  # as an output, a tensor would keep the size that is declared
+    values = infer(fixed)
+    group: list[str] = []
+    used = 0
+    for tensor in tensors:
+        size = 4 * math.prod(axis for axis in dims(values.get(tensor)) or () if isinstance(axis, int))
+        if group and used + size > limit:
+            yield group
+            group, used = [], 0
+        group.append(tensor)
+        used += size
+    if group:
+        yield group
+
+
+def _ranges(typed: ModelProto) -> dict[str, float]:
+    """The largest |value| that rounds to 127, of every activation that goes through a QuantizeLinear."""
+    fixed = {tensor.name: tensor for tensor in typed.graph.initializer}
+    return {
+        node.input[0]: 127.5 * float(numpy_helper.to_array(fixed[node.input[1]]))
+        for node in typed.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] not in fixed and not fixed[node.input[1]].dims
+    }
+
+
+class _Sums:
+    """Of one tensor, in float64."""
+
+    def __init__(self, tensor: str, amax: float | None) -> None:
+        self.tensor, self.amax = tensor, amax
+        self.signal = self.noise = self.product = self.power = 0.0
+        self.worst = self.largest = 0.0
+        self.beyond = self.count = 0
+
+    def add(self, reference: NDArray[np.floating], other: NDArray[np.floating]) -> None:
+        x, y = reference.astype(np.float64), other.astype(np.float64)
+        if not np.isfinite(y).all():
+            raise CalibrationError(
+                f"tensor {self.tensor} of the candidate holds NaN or infinite values",
+                expected=f"values as FP32's, at most {np.abs(x).max():.4g}",
+                fix="exclude the node that gives it (engine.exclude), or build another precision",
+            )
+        error = x - y
+        self.signal += float(np.vdot(x, x))
+        self.noise += float(np.vdot(error, error))
+        self.product += float(np.vdot(x, y))
+        self.power += float(np.vdot(y, y))
+        self.worst = max(self.worst, float(np.abs(error).max(initial=0)))
+        self.largest = max(self.largest, float(np.abs(x).max(initial=0)))
+        self.count += x.size
+        if self.amax is not None:
+            self.beyond += int((np.abs(x) > self.amax).sum())
+
+    def figures(self, node: NodeProto) -> TensorDrift:
+        norms = math.sqrt(self.signal * self.power)
+        return TensorDrift(
+            tensor=self.tensor,
+            node=node.name,
+            op=node.op_type,
+            sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None,
+            cosine=min(self.product / norms, 1.0) if norms else None,
+            max_abs_error=self.worst,
+            largest=self.largest,
+            saturated=self.beyond / self.count if self.amax is not None and self.count else None,
+        )
+
+
+def _jump(tensors: Iterable[TensorDrift], producers: Mapping[str, NodeProto]) -> str | None:
+    """The first tensor whose error its inputs do not explain."""
+    seen: dict[str, float] = {}
+    for entry in tensors:
+        if entry.sqnr_db is None:
+            continue
+        before = [seen[name] for name in producers[entry.tensor].input if name in seen]
+        if entry.op not in ACTIVATIONS and entry.sqnr_db < (min(before) - JUMP_DB if before else FLOOR_DB):
+            return entry.tensor
+        seen[entry.tensor] = entry.sqnr_db
+    return None

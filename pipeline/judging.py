@@ -1,0 +1,472 @@
+"""The figures and the verdict on a candidate, image by image, from both sides' outputs: what ``validate`` reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifacts import ModelCard
+from pipeline.config import Precision, Tolerance, ValidateConfig
+from pipeline.data.dataset import Sample
+from pipeline.data.preprocessing import Pixels, class_ids, restore_mask
+from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.graph.deployment import Output
+from pipeline.metrics.bootstrap import interval, resampled_sums
+from pipeline.metrics.boundary import Outlines, beside, outlines, tolerance_pixels
+from pipeline.metrics.masks import MaskFigures, MaskTally
+from pipeline.metrics.outputs import ImageErrors, OutputTally, Quantiles, margins
+from pipeline.metrics.segmentation import Figures
+from pipeline.reports import (
+    Candidate,
+    Check,
+    Drop,
+    Flips,
+    ImageResult,
+    Interval,
+    Offender,
+    OutputErrors,
+    Scores,
+    ValidationReport,
+)
+
+Arrays = Mapping[str, NDArray[Any]]
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+# atol of probabilities, 0…1, where the config names no tolerance: that of logits would let anything pass.
+PROBABILITY_ATOL: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.02}
+MEANS = ("mean_iou", "mean_dice", "mean_boundary_f")
+OFFENDERS = 3
+TINY = float(np.finfo(np.float32).tiny)
+
+
+def tolerance_of(config: ValidateConfig, precision: Precision, kind: Output) -> Tolerance:
+    """The bounds of a precision, for outputs of this kind."""
+    tolerance = config.tolerance(precision)
+    if kind == "probabilities" and precision not in config.tolerances:
+        return tolerance.model_copy(update={"atol": PROBABILITY_ATOL[precision]})
+    return tolerance
+
+
+class Judge:
+    """Sums over the images; nothing that grows with their size is kept.
+
+    Args:
+        card: classes, preprocessing.
+        kind: what the model gives; of labels only masks are compared.
+    """
+
+    def __init__(self, card: ModelCard, config: ValidateConfig, precision: Precision, kind: Output) -> None:
+        self.card, self.config, self.precision, self.kind = card, config, precision, kind
+        self.tolerance = tolerance_of(config, precision, kind)
+        self.categories = list(dict.fromkeys(c.category for c in card.classes if c.category is not None))
+        groups = [self.categories.index(c.category) for c in card.classes if c.category is not None]
+        self.agreement = MaskTally(len(card.classes))
+        self.labelled = {side: MaskTally(len(card.classes), groups) for side in ("reference", "candidate")}
+        self.names: list[str] = []
+        self.labelled_images: list[str] = []
+        self.outputs: dict[str, OutputTally] = {}
+        self.errors: dict[str, dict[str, ImageErrors]] = {}
+        self.within: dict[str, bool] = {}
+        self.flips = _FlipTally(config.near_tie)
+        self.pool = ThreadPoolExecutor(2)
+
+    def require_labels(self, labelled: bool) -> None:
+        """Raise ConfigError where the config names a budget that needs labels and there are none."""
+        named = self.config.tolerances.get(self.precision)
+        budgets = named.named_label_budgets() if named else []
+        if budgets and not labelled:
+            raise ConfigError(
+                f"validate.tolerances.{self.precision}.{budgets[0]} cannot be judged without labels",
+                expected="validation images with label maps that hold a class",
+                got="no labelled pixel",
+                fix=f"name the label maps (data.validation.labels), or set {', '.join(budgets)} to null",
+            )
+
+    def add(self, sample: Sample, ours: Arrays, theirs: Arrays, within: bool | None) -> Pixels:
+        """Count one image; returns the candidate's mask at the image's size.
+
+        Args:
+            ours, theirs: the candidate's and the reference's outputs by name; the latter's first one gives the masks.
+            within: whether Polygraphy finds every output within the tolerance; None for labels.
+
+        Raises:
+            ModelError: other outputs or shapes than the reference's, or classes that the card does not name.
+            DataError: the label map has another size than the image, or holds what is no class.
+        """
+        check_outputs(ours, theirs)
+        main, size = next(iter(theirs)), sample.image.shape[:2]
+        classes = len(self.card.classes)
+        pixels = tolerance_pixels(size[0], size[1], self.config.boundary_tolerance)
+        # Two threads: the longest work is handed out first, and the label's outlines wait for no mask.
+        counting = self.pool.submit(self._count_values, sample.name, ours, theirs) if within is not None else None
+        masks = [self.pool.submit(class_ids, outputs[main], classes) for outputs in (theirs, ours)]
+        true = None
+        if sample.label is not None:
+            _check_label(sample.label, sample, classes, self.card.void)
+            true = self.pool.submit(outlines, sample.label, classes, pixels)
+        small = [mask.result() for mask in masks]
+        reference, candidate = (restore_mask(mask, self.card.preprocessing, *size) for mask in small)
+        lines = [self.pool.submit(outlines, mask, classes, pixels) for mask in (reference, candidate)]
+        if within is not None and counting is not None:
+            first = counting.result()
+            self.within[sample.name] = within
+            self.flips.add(sample.name, theirs[main][0], small[0] != small[1], first.high - first.low)
+        theirs_lines, our_lines = (each.result() for each in lines)
+        self._count_masks(sample, (reference, candidate), (theirs_lines, our_lines), true.result() if true else None)
+        return candidate
+
+    def _count_values(self, image: str, ours: Arrays, theirs: Arrays) -> ImageErrors:
+        """Compare every output; returns the first one's errors."""
+        for name, wanted in theirs.items():
+            tally = self.outputs.setdefault(name, OutputTally())
+            self.errors.setdefault(name, {})[image] = tally.add(ours[name], wanted)
+        return self.errors[next(iter(theirs))][image]
+
+    def _count_masks(
+        self, sample: Sample, masks: tuple[Pixels, Pixels], lines: tuple[Outlines, Outlines], true: Outlines | None
+    ) -> None:
+        """Compare the reference's mask and the candidate's with each other, and both with the label."""
+        added = [self.pool.submit(self.agreement.add, *masks, lines)]
+        self.names.append(sample.name)
+        void = None if sample.label is None else sample.label >= len(self.card.classes)
+        if sample.label is not None and true is not None and void is not None and not void.all():
+            ignored = beside(void) if void.any() else None
+            for side, mask, line in zip(("reference", "candidate"), masks, lines, strict=True):
+                added.append(self.pool.submit(self.labelled[side].add, sample.label, mask, (true, line), ignored))
+            self.labelled_images.append(sample.name)
+        for each in added:
+            each.result()
+
+    # ------------------------------------------------------------------ the report
+
+    def report(
+        self, what: Candidate, repeat: tuple[str, ...], pictures: tuple[str, ...], started: float
+    ) -> ValidationReport:
+        """The verdict on all images so far, at least one.
+
+        Raises:
+            ConfigError: as ``require_labels``.
+        """
+        self.require_labels(bool(self.labelled_images))
+        agreement = _Sampled(self.agreement, self.names, self.config)
+        sides = self._sides()
+        scores = {side: self._scores(sampled) for side, sampled in sides.items()}
+        drops = self._drops(sides)
+        first = next(iter(self.outputs), None)
+        checks = self._checks(agreement, sides, drops)
+        return ValidationReport(
+            candidate=what,
+            passed=all(check.passed for check in checks),
+            checks=checks,
+            images=self._images(agreement, sides),
+            agreement=float(agreement.whole.accuracy),
+            max_abs_error=_finite(self.outputs[first].max_abs) if first else None,
+            mean_abs_error=_finite(self.outputs[first].mean_abs) if first else None,
+            logit_range=_largest(self.errors[first].values()) if first else 0.0,
+            reference=scores.get("reference"),
+            scores=scores.get("candidate"),
+            repeat=repeat,
+            pictures=pictures,
+            seconds=time.perf_counter() - started,
+            output=self.kind,
+            agreement_interval=agreement.interval("pixel_accuracy"),
+            boundary_f=_finite(float(agreement.whole.mean_boundary_f)),
+            boundary_f_interval=agreement.interval("mean_boundary_f"),
+            drops=drops,
+            outputs={name: self._output_errors(name) for name in self.outputs},
+            flips=self.flips.result() if self.outputs else None,
+            worst=self._worst(agreement, sides),
+            boundary_tolerance=self.config.boundary_tolerance,
+            resamples=self.config.resamples,
+        )
+
+    def _sides(self) -> dict[str, _Sampled]:
+        """FP32 and the candidate against the labels, resampled alike; nothing without labels."""
+        if not self.labelled_images:
+            return {}
+        return {side: _Sampled(tally, self.labelled_images, self.config) for side, tally in self.labelled.items()}
+
+    def _scores(self, sampled: _Sampled) -> Scores:
+        whole, names = sampled.whole, [c.name for c in self.card.classes]
+        figures = _named(whole, names)
+        return Scores(
+            mean_iou=float(whole.mean_iou),
+            pixel_accuracy=float(whole.accuracy),
+            class_iou=_by_name(names, whole.class_iou),
+            mean_dice=float(whole.mean_dice),
+            class_dice=_by_name(names, whole.class_dice),
+            mean_boundary_f=_finite(float(whole.mean_boundary_f)),
+            class_boundary_f=_by_name(names, whole.class_boundary_f),
+            mean_category_iou=_finite(float(whole.mean_category_iou)),
+            category_iou=_by_name(self.categories, whole.category_iou),
+            intervals=_intervals(_named(sampled.samples, names), figures) if sampled.many else {},
+        )
+
+    def _drops(self, sides: Mapping[str, _Sampled]) -> dict[str, Drop]:
+        if not sides:
+            return {}
+        names = [c.name for c in self.card.classes]
+        theirs, ours = (_named(sides[side].whole, names) for side in ("reference", "candidate"))
+        drops = {name: float(theirs[name] - ours[name]) for name in theirs if name != "pixel_accuracy"}
+        intervals: dict[str, Interval] = {}
+        if sides["candidate"].many:
+            before, after = (_named(sides[side].samples, names) for side in ("reference", "candidate"))
+            intervals = _intervals({name: before[name] - after[name] for name in drops}, theirs)
+        return {name: Drop(drop, intervals.get(name)) for name, drop in drops.items() if np.isfinite(drop)}
+
+    def _images(self, agreement: _Sampled, sides: Mapping[str, _Sampled]) -> tuple[ImageResult, ...]:
+        errors = next(iter(self.errors.values()), {})
+        mious = {side: dict(zip(self.labelled_images, s.each.mean_iou, strict=True)) for side, s in sides.items()}
+        return tuple(
+            ImageResult(
+                name,
+                float(share),
+                _finite(errors[name].max_abs) if name in errors else None,
+                _finite(float(mious.get("reference", {}).get(name, np.nan))),
+                _finite(float(mious.get("candidate", {}).get(name, np.nan))),
+            )
+            for name, share in zip(agreement.names, agreement.each.accuracy, strict=True)
+        )
+
+    def _output_errors(self, name: str) -> OutputErrors:
+        tally, images = self.outputs[name], self.errors[name]
+        cosines = {image: error.cosine for image, error in images.items()}
+        return OutputErrors(
+            max_abs=_finite(tally.max_abs),
+            mean_abs=_finite(tally.mean_abs),
+            quantiles={f"{share:g}": _finite(tally.quantiles.at(share)) for share in QUANTILES},
+            cosine=_finite(tally.cosine),
+            signal_to_error_db=_finite(tally.signal_to_error_db),
+            not_finite={image: e.not_finite for image, e in images.items() if e.not_finite},
+            reference_not_finite={
+                image: e.reference_not_finite for image, e in images.items() if e.reference_not_finite
+            },
+            worst=next(iter(_worst(cosines, lowest=True)), None),
+        )
+
+    def _worst(self, agreement: _Sampled, sides: Mapping[str, _Sampled]) -> dict[str, Offender]:
+        losses: dict[str, tuple[Mapping[str, float], bool]] = {
+            "agreement": (_by_image(agreement.names, agreement.each.accuracy), True),
+            "boundary_f": (_by_image(agreement.names, agreement.each.mean_boundary_f), True),
+            **{f"{name} drop": (self._image_drops(sides, name), False) for name in MEANS if sides},
+        }
+        worst = {name: _worst(values, lowest=lowest) for name, (values, lowest) in losses.items()}
+        return {name: offenders[0] for name, offenders in worst.items() if offenders}
+
+    def _image_drops(self, sides: Mapping[str, _Sampled], figure: str) -> dict[str, float]:
+        theirs, ours = (getattr(sides[side].each, figure) for side in ("reference", "candidate"))
+        return _by_image(self.labelled_images, theirs - ours)
+
+    # ------------------------------------------------------------------ the checks
+
+    def _checks(
+        self, agreement: _Sampled, sides: Mapping[str, _Sampled], drops: Mapping[str, Drop]
+    ) -> tuple[Check, ...]:
+        t = self.tolerance
+        labels_only = " (the outputs are labels: no values to compare)" if self.kind == "labels" else ""
+        by_image = _by_image(agreement.names, agreement.each.accuracy)
+        checks = [
+            *self._value_checks(),
+            _at_least(f"agreement with FP32's masks{labels_only}", agreement.whole.accuracy, t.min_agreement, by_image),
+        ]
+        if t.min_boundary_f is not None:
+            by_image = _by_image(agreement.names, agreement.each.mean_boundary_f)
+            name = "boundary F-score against FP32's masks"
+            checks.append(_at_least(name, agreement.whole.mean_boundary_f, t.min_boundary_f, by_image))
+        if sides:
+            checks += self._label_checks(sides, drops)
+        return tuple(checks)
+
+    def _value_checks(self) -> list[Check]:
+        if self.kind == "labels":
+            return []
+        t = self.tolerance
+        bad = [
+            Offender(count, image, None, f"{side} of output {name}")
+            for name, images in self.errors.items()
+            for image, e in images.items()
+            for count, side in ((e.not_finite, "values"), (e.reference_not_finite, "FP32 values"))
+            if count
+        ]
+        bad.sort(key=lambda offender: -(offender.value or 0))
+        total = float(sum(offender.value or 0 for offender in bad))
+        poisoned = {offender.image for offender in bad}
+        outside = [image for image, within in self.within.items() if not within or image in poisoned]
+        what = "probabilities" if self.kind == "probabilities" else "outputs"
+        name = f"{what} ({t.statistic}) within atol {t.atol:g} or rtol {t.rtol:g}: images outside"
+        largest = {image: next(iter(self.errors.values()))[image].max_abs for image in outside}
+        named = tuple(_worst(largest, lowest=False))
+        return [
+            Check("outputs are finite (values that are not)", total, 0.0, not bad, _image(bad), tuple(bad[:OFFENDERS])),
+            Check(name, float(len(outside)), 0.0, not outside, outside[0] if outside else None, named),
+        ]
+
+    def _label_checks(self, sides: Mapping[str, _Sampled], drops: Mapping[str, Drop]) -> list[Check]:
+        t = self.tolerance
+        means = (
+            ("mIoU drop", "mean_iou", t.max_miou_drop),
+            ("Dice drop", "mean_dice", t.max_dice_drop),
+            ("boundary F-score drop", "mean_boundary_f", t.max_boundary_f_drop),
+        )
+        checks = [
+            _at_most(name, drops[key].value if key in drops else np.nan, bound, _worst(self._image_drops(sides, key)))
+            for name, key, bound in means
+            if bound is not None
+        ]
+        if t.max_class_iou_drop is not None:
+            offenders = self._class_offenders(sides, drops)
+            checks.insert(1, _at_most("class IoU drop", offenders[0].value, t.max_class_iou_drop, offenders))
+        return checks
+
+    def _class_offenders(self, sides: Mapping[str, _Sampled], drops: Mapping[str, Drop]) -> list[Offender]:
+        """Classes that lose most, each with the image in which it does."""
+        lost = sides["reference"].each.class_iou - sides["candidate"].each.class_iou
+        offenders = []
+        for place, c in enumerate(self.card.classes):
+            drop = drops.get(f"class_iou/{c.name}")
+            if drop is not None:
+                images = _worst(_by_image(self.labelled_images, lost[:, place]))
+                offenders.append(Offender(drop.value, _image(images), c.name))
+        return sorted(offenders, key=lambda offender: -(offender.value or 0))
+
+
+class _Sampled:
+    """The figures of all images together, of each, and of resamples."""
+
+    def __init__(self, tally: MaskTally, names: Sequence[str], config: ValidateConfig) -> None:
+        sums = tally.sums()
+        self.names, self.many = names, len(sums) > 1
+        self.whole: MaskFigures = tally.figures(sums.sum(0))
+        self.each: MaskFigures = tally.figures(sums)
+        self.samples: MaskFigures = tally.figures(resampled_sums(sums, config.resamples, config.seed))
+
+    def interval(self, figure: str) -> Interval | None:
+        values = _named(self.samples, ())[figure]
+        return _intervals({figure: values}, {figure: values[0]}).get(figure) if self.many else None
+
+
+class _FlipTally:
+    def __init__(self, near_tie: float) -> None:
+        self.near_tie = near_tie
+        self.pixels = self.flipped = self.near_ties = 0
+        self.margins, self.largest = Quantiles(), 0.0
+        self.clear: dict[str, float] = {}
+
+    def add(self, image: str, scores: NDArray[Any], flipped: NDArray[np.bool_], span: float) -> None:
+        """Count one image.
+
+        Args:
+            scores: the reference's, (classes, H, W).
+            flipped: (H, W), where the masks differ.
+            span: largest less smallest value of the scores.
+        """
+        shares = margins(scores, flipped) / max(span, TINY)
+        ties = int((shares < self.near_tie).sum())
+        self.pixels += flipped.size
+        self.flipped += shares.size
+        self.near_ties += ties
+        self.clear[image] = shares.size - ties
+        if shares.size:
+            self.margins.add(shares)
+            self.largest = float(np.maximum(self.largest, shares.max()))
+
+    def result(self) -> Flips:
+        worst = next(iter(_worst(self.clear)), None)
+        return Flips(
+            pixels=self.pixels,
+            flipped=self.flipped,
+            near_ties=self.near_ties,
+            near_tie=self.near_tie,
+            median_margin=_finite(self.margins.at(0.5)),
+            max_margin=_finite(self.largest) if self.flipped else None,
+            worst=worst if worst and worst.value else None,
+        )
+
+
+def check_outputs(ours: Arrays, theirs: Arrays) -> None:
+    """Raise ModelError where names or shapes of the candidate's outputs are not the reference's."""
+    if set(ours) != set(theirs) or any(ours[name].shape != theirs[name].shape for name in ours):
+        raise ModelError(
+            "the candidate's outputs are not the reference's",
+            expected=str({name: array.shape for name, array in theirs.items()}),
+            got=str({name: array.shape for name, array in ours.items()}),
+            fix="validate the engine with the ONNX file it was built from",
+        )
+
+
+def _check_label(label: Pixels, sample: Sample, classes: int, void: int | None) -> None:
+    if label.shape != sample.image.shape[:2]:
+        raise DataError(
+            f"the label map of {sample.name} has another size than its image",
+            expected="×".join(map(str, sample.image.shape[:2])),
+            got="×".join(map(str, label.shape)),
+            fix="use label maps of the images' size",
+        )
+    others = label >= classes if label.max() >= classes else np.zeros(0, np.bool_)
+    bad = [int(value) for value in np.unique(label[others]) if value != void] if others.any() else []
+    if bad:
+        raise DataError(
+            f"the label map of {sample.name} holds the value {bad[0]}, which is no class",
+            expected=f"0…{classes - 1}" + ("" if void is None else f" or {void} (void)"),
+            got=f"{len(bad)} other value(s): {bad[:8]}",
+            fix="correct the label map, data.classes or data.void",
+        )
+
+
+def _named(figures: MaskFigures, classes: Sequence[str]) -> dict[str, Figures]:
+    """Figures that have intervals, by name."""
+    named = {name: getattr(figures, name) for name in (*MEANS, "mean_category_iou")}
+    by_class = {f"class_iou/{name}": figures.class_iou[..., place] for place, name in enumerate(classes)}
+    return {**named, "pixel_accuracy": figures.accuracy, **by_class}
+
+
+def _intervals(samples: Mapping[str, Figures], figures: Mapping[str, Figures]) -> dict[str, Interval]:
+    """Intervals of figures that are defined."""
+    defined = [name for name in samples if np.isfinite(figures[name]) and np.isfinite(samples[name]).any()]
+    if not defined:
+        return {}
+    low, high = interval(np.stack([samples[name] for name in defined], axis=1))
+    return {name: Interval(float(a), float(b)) for name, a, b in zip(defined, low, high, strict=True)}
+
+
+def _by_name(names: Sequence[str], figures: Figures) -> dict[str, float | None]:
+    return {name: _finite(float(value)) for name, value in zip(names, figures, strict=True)}
+
+
+def _by_image(names: Sequence[str], figures: Figures) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(names, figures, strict=True)}
+
+
+def _worst(values: Mapping[str, float], *, lowest: bool = False) -> list[Offender]:
+    """Images by figure, worst first, OFFENDERS at most; undefined figures are left out, infinite ones are worst."""
+    known = [(name, value) for name, value in values.items() if not np.isnan(value)]
+    ordered = sorted(known, key=lambda pair: pair[1] if lowest else -pair[1])
+    return [Offender(_finite(value), name) for name, value in ordered[:OFFENDERS]]
+
+
+def _at_least(name: str, figure: Figures, bound: float, images: Mapping[str, float]) -> Check:
+    value, offenders = _finite(float(figure)), _worst(images, lowest=True)
+    return Check(name, value, bound, value is not None and value >= bound, _image(offenders), tuple(offenders))
+
+
+def _at_most(name: str, figure: float | None, bound: float, offenders: Sequence[Offender]) -> Check:
+    value = None if figure is None else _finite(figure)
+    passed = value is not None and value <= bound
+    return Check(name, value, bound, passed, _image(offenders), tuple(offenders[:OFFENDERS]))
+
+
+def _image(offenders: Sequence[Offender]) -> str | None:
+    return offenders[0].image if offenders else None
+
+
+def _largest(errors: Iterable[ImageErrors]) -> float:
+    """Largest |value| of the reference."""
+    return float(np.max([max(abs(error.low), abs(error.high)) for error in errors]))
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

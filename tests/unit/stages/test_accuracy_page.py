@@ -1,0 +1,52 @@
+"""What people read of a verdict: the page's and the terminal's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Tolerance
+from pipeline.presenting import CHECK_HEADINGS, VERDICT_HEADINGS, check_row, figure_table, verdict_row
+from pipeline.reports import ValidationReport
+from pipeline.stages.report import Inputs, write_report
+from tests.unit.stages.test_validate import CARD, MASK, Constant, dataset, judge, logits_of
+
+
+@pytest.fixture
+def verdict(tmp_path: Path) -> ValidationReport:
+    other = MASK.copy()
+    other[0, 0] = 1
+    return judge(Constant(logits_of(other)), dataset(MASK, other, MASK), tmp_path)
+
+
+def test_terminal_tables(verdict: ValidationReport) -> None:
+    row = dict(zip(VERDICT_HEADINGS, verdict_row(verdict), strict=True))
+    assert row["mIoU"].startswith("0.9")
+    assert " [" in row["mIoU"]
+    assert row["verdict"] == "FAILED"
+    headings, rows = figure_table([verdict])
+    assert headings[-1] == "int8:"
+    assert ("IoU rare", "–", "–") in rows
+    assert ("flipped pixels, near-ties among them", "", "3, 0") in rows
+    checks = [dict(zip(CHECK_HEADINGS, check_row(check), strict=True)) for check in verdict.checks]
+    assert {c["worst"] for c in checks if c["result"] == "failed"} >= {"image 0 0.9375"}
+
+
+def test_tables_without_labels(tmp_path: Path) -> None:
+    free = Tolerance(atol=1, rtol=1, min_agreement=0, max_miou_drop=None)
+    report = judge(Constant(logits_of(MASK)), dataset(None, None), tmp_path, free)
+    assert verdict_row(report)[1:3] == ("no labels", "–")
+    assert not any(row[0].startswith("IoU") for row in figure_table([report])[1])
+
+
+def test_page_shows_intervals_and_absent_classes(verdict: ValidationReport, tmp_path: Path) -> None:
+    folder = tmp_path / "page"
+    folder.mkdir()
+    page = write_report(Inputs(CARD, {"int8": verdict}, None, {}, {}, []), folder).read_text()
+    assert verdict.scores is not None
+    bounds = verdict.scores.intervals["mean_iou"]
+    assert f"{verdict.scores.mean_iou:.4f} [{bounds.low:.4f}, {bounds.high:.4f}]" in page
+    absent = page[page.index("rare</td>") :].partition("</tr>")[0]
+    assert absent.count("<td>–</td>") == 2
+    assert "near-tie" in page

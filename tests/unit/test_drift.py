@@ -1,0 +1,118 @@
+"""Layer by layer: where a candidate leaves FP32."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from onnx import ModelProto, numpy_helper
+
+from pipeline.calibration.table import CalibrationTable
+from pipeline.drift import DriftReport, drift, emulated
+from pipeline.errors import CalibrationError, ModelError
+from pipeline.graph.half import to_half
+from pipeline.graph.quantize import quantize
+from tests.tiny_unet import images, observed_table, tiny_unet
+
+FEEDS = images(3)
+
+
+def compared(typed: ModelProto, **more: int) -> DriftReport:
+    return drift(tiny_unet(), typed, emulated(typed), FEEDS, "ONNX Runtime", **more)
+
+
+def quantized(**changes: float) -> ModelProto:
+    table = observed_table(tiny_unet(), FEEDS)
+    return quantize(tiny_unet(), CalibrationTable("minmax", {**table.amax, **changes}), half=False)
+
+
+def scaled(model: ModelProto, name: str, factor: float) -> ModelProto:
+    """With one convolution's weights changed behind FP32's back."""
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * weight_type(weight, factor), name))
+    return model
+
+
+def weight_type(tensor: object, factor: float) -> np.ndarray:
+    return np.asarray(factor, numpy_helper.to_array(tensor).dtype)  # type: ignore[arg-type]
+
+
+def convolution(model: ModelProto, number: int) -> tuple[str, str]:
+    """Weight and output of one."""
+    node = [node for node in model.graph.node if node.op_type == "Conv"][number]
+    return node.input[1], node.output[0]
+
+
+def test_the_same_graph_does_not_drift() -> None:
+    report = compared(tiny_unet())
+    assert report.jump is None
+    assert report.missing == ()
+    assert {entry.sqnr_db for entry in report.tensors} == {None}
+    assert all(entry.cosine == pytest.approx(1) and entry.max_abs_error == 0 for entry in report.tensors)
+    assert [entry.tensor for entry in report.tensors] == [
+        name for node in tiny_unet().graph.node for name in node.output
+    ]
+
+
+def test_int8_drifts_slowly_and_jumps_nowhere() -> None:
+    report = compared(quantized())
+    figures = {entry.tensor: entry for entry in report.tensors}
+    assert report.jump is None
+    assert 15 < (figures["logits"].sqnr_db or 0) < 45
+    assert (report.images, report.ran) == (3, "ONNX Runtime")
+    assert all(0.9 < (entry.cosine or 0) <= 1 for entry in report.tensors)
+    ranged = [entry for entry in report.tensors if entry.saturated is not None]
+    assert ranged
+    assert all(entry.saturated == 0 for entry in ranged)
+
+
+def test_fp16_drifts_less() -> None:
+    half, int8 = compared(to_half(tiny_unet())), compared(quantized())
+    assert half.jump is None
+    pairs = zip(half.tensors, int8.tensors, strict=True)
+    assert all((a.sqnr_db or math.inf) > (b.sqnr_db or math.inf) for a, b in pairs if b.sqnr_db is not None)
+
+
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_a_planted_defect_is_named(number: int) -> None:
+    weight, output = convolution(tiny_unet(), number)
+    assert compared(scaled(quantized(), weight, 1.5)).jump == output
+
+
+def test_a_range_that_clips_shows_as_saturation() -> None:
+    relu = next(node.output[0] for node in tiny_unet().graph.node if node.op_type == "MaxPool")
+    reader = next(node for node in tiny_unet().graph.node if node.op_type == "Conv" and relu in node.input)
+    table = observed_table(tiny_unet(), FEEDS)
+    report = compared(quantized(**{relu: table.amax[relu] / 8}))
+    figures = {entry.tensor: entry for entry in report.tensors}
+    assert (figures[relu].saturated or 0) > 0.05
+    assert report.jump == reader.output[0]
+
+
+def test_groups_change_nothing() -> None:
+    typed = quantized()
+    assert compared(typed, limit=1) == compared(typed)
+
+
+def test_tensors_that_are_gone_are_missing() -> None:
+    typed = quantized()
+    for node in typed.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                if name == "resized":
+                    names[place] = "fused"
+    report = compared(typed)
+    assert report.missing == ("resized",)
+    assert "resized" not in [entry.tensor for entry in report.tensors]
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    weight, output = convolution(tiny_unet(), 1)
+    with pytest.raises(CalibrationError, match=f"tensor {output} of the candidate holds NaN"):
+        compared(scaled(tiny_unet(), weight, math.inf))
+
+
+def test_without_images() -> None:
+    with pytest.raises(ModelError, match="no image"):
+        drift(tiny_unet(), tiny_unet(), emulated(tiny_unet()), [], "x")
