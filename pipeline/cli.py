@@ -5,22 +5,28 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from pipeline.printing import (
+    print_account,
+    print_calibration,
+    print_cleaning,
+    print_drift,
+    print_facts,
+    print_json,
+    print_speed_verdict,
+    print_table,
+    print_timings,
+)
 
-    from pipeline.backends.parsing import ParserVerdict
-    from pipeline.calibration.report import CalibrationReport
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipeline.config import Config, Precision
-    from pipeline.drift import DriftReport
-    from pipeline.reports import BenchmarkReport
     from pipeline.run import Run
-    from pipeline.stages.clean import CleaningReport
 
 log = logging.getLogger("pipeline")
 app = typer.Typer(
@@ -121,7 +127,7 @@ def run(
         page = work.report(precisions)
         _print_verdict(work, precisions, page, json)
         if not json:
-            _print_speed_verdict(work.benchmark(precisions))
+            print_speed_verdict(work.benchmark(precisions))
         work.verdict(precisions)
         if require_speedup:
             work.require_speedup(precisions)
@@ -211,9 +217,9 @@ def clean(
             output=settings.output,
         )
     if json:
-        _print_json(result)
+        print_json(result)
         return
-    _print_cleaning(result)
+    print_cleaning(result)
     print(output)
 
 
@@ -267,9 +273,9 @@ def calibrate(
             model, dataset, settings, card.preprocessing, target, target.with_name(f"{target.name}.json")
         )
     if json:
-        _print_json(result)
+        print_json(result)
         return
-    _print_calibration(result)
+    print_calibration(result)
     print(target)
 
 
@@ -341,7 +347,7 @@ def validate(
         precisions = _precisions(settings, precision)
         with _run(settings, build_dir, force) as work:
             if layers:
-                _print_drift({each: work.layers(each) for each in precisions}, json)
+                print_drift({each: work.layers(each) for each in precisions}, json)
                 return
             for each in precisions:
                 work.validate(each)
@@ -375,9 +381,9 @@ def benchmark(
             work.check_speedup_can_be_judged(precisions)
         timings = work.benchmark(precisions)
         if json:
-            _print_json(timings)
+            print_json(timings)
         else:
-            _print_timings(timings)
+            print_timings(timings)
         if require_speedup:
             work.require_speedup(precisions)
 
@@ -415,7 +421,7 @@ def regress(
         comparison = stage.update(settings.name, network, reports, timings, path, reason)
     else:
         comparison = stage.compare(settings.name, network, reports, timings, path)
-    _print_table(("figure", "baseline", "now", "change", "allowed", "result"), stage.rows(comparison))
+    print_table(("figure", "baseline", "now", "change", "allowed", "result"), stage.rows(comparison))
     for why in comparison.skipped:
         print(f"not compared: {why}")
     if junit is not None:
@@ -483,9 +489,9 @@ def inspect(
 
     facts = inspect_file(file)
     account = None if json else facts.pop("account", None)
-    _print_facts(facts, json)
+    print_facts(facts, json)
     if account:
-        _print_account(account)
+        print_account(account)
 
 
 @app.command()
@@ -493,7 +499,7 @@ def doctor(json: JsonOption = False) -> None:
     """Say what this machine can do, and why not."""
     from pipeline.inspection import examine_machine
 
-    _print_facts(examine_machine(), json)
+    print_facts(examine_machine(), json)
 
 
 # ---------------------------------------------------------------------- helpers
@@ -594,11 +600,11 @@ def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None
             str(model.resolve()),
         )
     if json:
-        _print_json(verdict)
+        print_json(verdict)
     else:
-        _print_table(VERDICT_HEADINGS, [verdict_row(verdict)])
-        _print_table(*figure_table([verdict]))
-        _print_table(CHECK_HEADINGS, [check_row(check) for check in verdict.checks])
+        print_table(VERDICT_HEADINGS, [verdict_row(verdict)])
+        print_table(*figure_table([verdict]))
+        print_table(CHECK_HEADINGS, [check_row(check) for check in verdict.checks])
     if not verdict.passed:
         raise CheckFailed(f"{engine} failed; see {output / 'report.json'}")
 
@@ -637,198 +643,16 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
 
     reports = [work.validate(precision) for precision in precisions]
     if json:
-        _print_json(reports)
+        print_json(reports)
         return
-    _print_table(VERDICT_HEADINGS, [verdict_row(report) for report in reports])
-    _print_table(*figure_table(reports))
+    print_table(VERDICT_HEADINGS, [verdict_row(report) for report in reports])
+    print_table(*figure_table(reports))
     if any(r.candidate.emulated for r in reports):
         print(
             "emulated: no engine ran on this machine; its typed graph ran on ONNX Runtime instead (see unet-trt doctor)"
         )
     if page is not None:
         print(f"report: {page}\nmasks:  {work.folder / 'validate'}/<precision>/overlays")
-
-
-def _print_timings(report: BenchmarkReport) -> None:
-    rows = []
-    for timing in report.timings:
-        median, device, host = timing.median_ms, timing.device, timing.end_to_end
-        rows.append(
-            (
-                timing.name,
-                str(timing.batch),
-                f"{median.median:.3f} ({median.low:.3f} to {median.high:.3f})" if median else "–",
-                f"{device.p99_ms:.3f}" if device else "–",
-                f"{host.p50_ms:.3f}",
-            )
-        )
-    _print_table(("candidate", "batch", "GPU median, ms", "GPU p99, ms", "end to end p50, ms"), rows)
-    shares = [
-        (precision, row.group, str(row.layers), f"{row.ms:.3f}", f"{row.share:.0%}")
-        for precision, account in report.engines.items()
-        for row in account.groups
-    ]
-    if shares:
-        _print_table(("engine", "group", "layers", "ms, layer by layer", "share"), shares)
-    for name, why in report.not_run.items():
-        print(f"{name}: not measured. {why}")
-    for note in report.notes:
-        print(note)
-    _print_speed_verdict(report)
-
-
-def _print_account(account: Mapping[str, Any]) -> None:
-    """Where an engine's time goes, as ``inspect`` has it: by group, then by layer."""
-    rows = [
-        (g["group"], str(g["layers"]), f"{g['ms']:.4f}", f"{g['share']:.0%}", _millions(g["bytes"], 1))
-        for g in account["groups"]
-    ]
-    _print_table(("group", "layers", "ms", "share", "MB moved"), rows)
-    print(f"whole inference: {account['whole_ms']:.4f} ms; its layers one by one: {account['profiled_ms']:.4f} ms")
-    total = sum(account["macs"].values())
-    for precision, macs in account["macs"].items():
-        print(f"multiply-accumulates, {precision}: {macs / 1e9:.4g} G ({macs / total:.1%})")
-    floor = account["floor"]
-    if floor is None:
-        print(f"arithmetic floor: unknown, {account['no_floor']}")
-    else:
-        print(f"arithmetic floor: {floor['arithmetic_ms']:.4f} ms ({floor['source']})")
-    layers = [
-        (
-            layer["name"],
-            layer["group"],
-            layer["precision"],
-            "–" if layer["ms"] is None else f"{layer['ms']:.4f}",
-            "–" if layer["macs"] is None else f"{layer['macs'] / 1e9:.3f}",
-            _millions(layer["bytes"], 2),
-            " to ".join(_formats(layer[side]) for side in ("inputs", "outputs")),
-            layer["tactic"],
-        )
-        for layer in account["layers"]
-    ]
-    _print_table(("layer", "group", "precision", "ms", "GMAC", "MB moved", "format", "tactic"), layers)
-
-
-def _millions(count: int | None, digits: int) -> str:
-    return "–" if count is None else f"{count / 1e6:.{digits}f}"
-
-
-def _formats(tensors: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(dict.fromkeys(f"{tensor['precision']} {tensor['format']}".strip() for tensor in tensors))
-
-
-def _print_speed_verdict(report: BenchmarkReport) -> None:
-    if report.verdict is not None:
-        print(report.verdict.sentence)
-        for reason in report.verdict.reasons:
-            print(f"  {reason}")
-
-
-def _print_cleaning(report: CleaningReport) -> None:
-    """A summary for people, with the log messages: the path alone goes to stdout."""
-    if log.isEnabledFor(logging.INFO):
-        _print_table(("cleaning", ""), _cleaning_rows(report), file=sys.stderr)
-
-
-def _cleaning_rows(report: CleaningReport) -> list[tuple[str, str]]:
-    before, after, equality = report.nodes_before, report.nodes_after, report.equality
-    changed = [op for op in sorted({*before, *after}) if before.get(op) != after.get(op)]
-    fired = Counter(rule for step in report.passes for rule, _ in step.fired)
-    rows = [
-        ("nodes", f"{sum(before.values())} -> {sum(after.values())}"),
-        *((f"  {op}", f"{before.get(op, 0)} -> {after.get(op, 0)}") for op in changed),
-        ("rules fired", ", ".join(f"{rule} × {count}" for rule, count in sorted(fired.items())) or "none"),
-        *(("compared", f"{_shapes(t.shapes)} ({t.size}): {t.max_relative_error:.1e}") for t in equality.trials),
-        *(("not compared", f"{_shapes(shapes)}: the raw graph does not run") for shapes in equality.refused),
-        ("largest change", f"{equality.max_relative_error:.1e} of the largest output, {equality.tolerance:g} allowed"),
-    ]
-    if report.baked is not None:
-        rows.append(("baked in", f"{report.baked.input} -> {report.baked.output}"))
-    rows.append(("parser", _parser_says(report.parser)))
-    rows += [("finding", f"{finding.node} ({finding.op}): {finding.reason}") for finding in report.findings]
-    return rows
-
-
-def _print_calibration(report: CalibrationReport) -> None:
-    """A summary for people, with the log messages: the path alone goes to stdout."""
-    if log.isEnabledFor(logging.INFO):
-        rows = [
-            ("tensors", str(len(report.tensors))),
-            ("images", f"{report.image_count}, {len(report.skipped)} skipped"),
-            ("algorithm", report.algorithm),
-            *((f"  {trial.algorithm}", f"{trial.agreement:.4%} same class") for trial in report.trials),
-            ("calibrator", report.calibrator),
-            ("seconds", f"{report.seconds:.1f}"),
-        ]
-        _print_table(("calibration", ""), rows, file=sys.stderr)
-
-
-def _print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
-    if json:
-        _print_json(reports)
-        return
-    for precision, report in reports.items():
-        rows = [
-            (
-                entry.tensor,
-                entry.op,
-                "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.1f}",
-                "–" if entry.cosine is None else f"{entry.cosine:.6f}",
-                f"{entry.max_abs_error:.3g} of {entry.largest:.3g}",
-                "–" if entry.saturated is None else f"{entry.saturated:.3%}",
-            )
-            for entry in report.tensors
-        ]
-        _print_table((f"{precision}: tensor", "operator", "SQNR, dB", "cosine", "largest error", "saturated"), rows)
-        for tensor in report.missing:
-            print(f"{tensor}: not compared, what ran has it no more")
-        where = "the error jumps nowhere" if report.jump is None else f"the error jumps at {report.jump}"
-        print(f"{precision}: {where} ({report.images} images, {report.ran})")
-
-
-def _parser_says(verdict: ParserVerdict) -> str:
-    judge = f"{verdict.parser} {verdict.version} " if verdict.parser else ""
-    says = {True: "accepts the graph", False: "refuses the graph", None: "no verdict"}[verdict.accepted]
-    refused = ", ".join(f"{node.node} ({node.op})" if node.node else node.reason for node in verdict.refused)
-    reason = refused or verdict.note
-    return f"{judge}{says}{f': {reason}' if reason else ''}"
-
-
-def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
-
-
-def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO = sys.stdout) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*headings)
-    for row in rows:
-        table.add_row(*row)
-    # Piped output has no width of its own; a narrow guess would cut the cells. Names may hold brackets and colons.
-    console = Console(file=file, width=None if file.isatty() else 160, markup=False, emoji=False)
-    console.print(table)
-
-
-def _print_facts(facts: Any, json: bool) -> None:
-    import json as writer
-
-    if json:
-        print(writer.dumps(facts, indent=2))
-        return
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for key, item in value.items():
-                print(f"  {key}: {item}")
-        else:
-            print(f"{name}: {value}")
-
-
-def _print_json(value: Any) -> None:
-    from pydantic import TypeAdapter
-
-    print(TypeAdapter(type(value)).dump_json(value, indent=2).decode())
 
 
 def _set_up_logging(debug: bool, quiet: bool) -> None:

@@ -60,10 +60,6 @@ def _flips(report: ValidationReport) -> str:
     return ABSENT if report.flips is None else f"{report.flips.flipped}, {report.flips.near_ties}"
 
 
-def _cosines(report: ValidationReport) -> str:
-    return ", ".join(number(output.cosine, ".6f") for output in report.outputs.values()) or ABSENT
-
-
 def number(value: float | None, form: str = ".4f") -> str:
     """A figure; absent ones as a dash."""
     return ABSENT if value is None else format(value, form)

@@ -1,0 +1,206 @@
+"""What commands say on a terminal: tables, summaries, JSON."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from pipeline.backends.parsing import ParserVerdict
+    from pipeline.calibration.report import CalibrationReport
+    from pipeline.drift import DriftReport
+    from pipeline.reports import BenchmarkReport
+    from pipeline.stages.clean import CleaningReport
+
+log = logging.getLogger("pipeline")
+
+
+def print_timings(report: BenchmarkReport) -> None:
+    """Latencies, time by group of layers, what was not measured, and the verdict on INT8."""
+    rows = []
+    for timing in report.timings:
+        median, device, host = timing.median_ms, timing.device, timing.end_to_end
+        rows.append(
+            (
+                timing.name,
+                str(timing.batch),
+                f"{median.median:.3f} ({median.low:.3f} to {median.high:.3f})" if median else "–",
+                f"{device.p99_ms:.3f}" if device else "–",
+                f"{host.p50_ms:.3f}",
+            )
+        )
+    print_table(("candidate", "batch", "GPU median, ms", "GPU p99, ms", "end to end p50, ms"), rows)
+    shares = [
+        (precision, row.group, str(row.layers), f"{row.ms:.3f}", f"{row.share:.0%}")
+        for precision, account in report.engines.items()
+        for row in account.groups
+    ]
+    if shares:
+        print_table(("engine", "group", "layers", "ms, layer by layer", "share"), shares)
+    for name, why in report.not_run.items():
+        print(f"{name}: not measured. {why}")
+    for note in report.notes:
+        print(note)
+    print_speed_verdict(report)
+
+
+def print_account(account: Mapping[str, Any]) -> None:
+    """Where an engine's time goes, as ``inspect`` has it: by group, then by layer."""
+    rows = [
+        (g["group"], str(g["layers"]), f"{g['ms']:.4f}", f"{g['share']:.0%}", _millions(g["bytes"], 1))
+        for g in account["groups"]
+    ]
+    print_table(("group", "layers", "ms", "share", "MB moved"), rows)
+    print(f"whole inference: {account['whole_ms']:.4f} ms; its layers one by one: {account['profiled_ms']:.4f} ms")
+    total = sum(account["macs"].values())
+    for precision, macs in account["macs"].items():
+        print(f"multiply-accumulates, {precision}: {macs / 1e9:.4g} G ({macs / total:.1%})")
+    floor = account["floor"]
+    if floor is None:
+        print(f"arithmetic floor: unknown, {account['no_floor']}")
+    else:
+        print(f"arithmetic floor: {floor['arithmetic_ms']:.4f} ms ({floor['source']})")
+    layers = [
+        (
+            layer["name"],
+            layer["group"],
+            layer["precision"],
+            "–" if layer["ms"] is None else f"{layer['ms']:.4f}",
+            "–" if layer["macs"] is None else f"{layer['macs'] / 1e9:.3f}",
+            _millions(layer["bytes"], 2),
+            " to ".join(_formats(layer[side]) for side in ("inputs", "outputs")),
+            layer["tactic"],
+        )
+        for layer in account["layers"]
+    ]
+    print_table(("layer", "group", "precision", "ms", "GMAC", "MB moved", "format", "tactic"), layers)
+
+
+def _millions(count: int | None, digits: int) -> str:
+    return "–" if count is None else f"{count / 1e6:.{digits}f}"
+
+
+def _formats(tensors: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(f"{tensor['precision']} {tensor['format']}".strip() for tensor in tensors))
+
+
+def print_speed_verdict(report: BenchmarkReport) -> None:
+    """Whether INT8 is worth it, and why; nothing where it was not asked for."""
+    if report.verdict is not None:
+        print(report.verdict.sentence)
+        for reason in report.verdict.reasons:
+            print(f"  {reason}")
+
+
+def print_cleaning(report: CleaningReport) -> None:
+    """A summary for people, with the log messages: the path alone goes to stdout."""
+    if log.isEnabledFor(logging.INFO):
+        print_table(("cleaning", ""), _cleaning_rows(report), file=sys.stderr)
+
+
+def _cleaning_rows(report: CleaningReport) -> list[tuple[str, str]]:
+    before, after, equality = report.nodes_before, report.nodes_after, report.equality
+    changed = [op for op in sorted({*before, *after}) if before.get(op) != after.get(op)]
+    fired = Counter(rule for step in report.passes for rule, _ in step.fired)
+    rows = [
+        ("nodes", f"{sum(before.values())} -> {sum(after.values())}"),
+        *((f"  {op}", f"{before.get(op, 0)} -> {after.get(op, 0)}") for op in changed),
+        ("rules fired", ", ".join(f"{rule} × {count}" for rule, count in sorted(fired.items())) or "none"),
+        *(("compared", f"{_shapes(t.shapes)} ({t.size}): {t.max_relative_error:.1e}") for t in equality.trials),
+        *(("not compared", f"{_shapes(shapes)}: the raw graph does not run") for shapes in equality.refused),
+        ("largest change", f"{equality.max_relative_error:.1e} of the largest output, {equality.tolerance:g} allowed"),
+    ]
+    if report.baked is not None:
+        rows.append(("baked in", f"{report.baked.input} -> {report.baked.output}"))
+    rows.append(("parser", _parser_says(report.parser)))
+    rows += [("finding", f"{finding.node} ({finding.op}): {finding.reason}") for finding in report.findings]
+    return rows
+
+
+def print_calibration(report: CalibrationReport) -> None:
+    """A summary for people, with the log messages: the path alone goes to stdout."""
+    if log.isEnabledFor(logging.INFO):
+        rows = [
+            ("tensors", str(len(report.tensors))),
+            ("images", f"{report.image_count}, {len(report.skipped)} skipped"),
+            ("algorithm", report.algorithm),
+            *((f"  {trial.algorithm}", f"{trial.agreement:.4%} same class") for trial in report.trials),
+            ("calibrator", report.calibrator),
+            ("seconds", f"{report.seconds:.1f}"),
+        ]
+        print_table(("calibration", ""), rows, file=sys.stderr)
+
+
+def print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
+    """Every tensor by precision, and where the error jumps."""
+    if json:
+        print_json(reports)
+        return
+    for precision, report in reports.items():
+        rows = [
+            (
+                entry.tensor,
+                entry.op,
+                "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.1f}",
+                "–" if entry.cosine is None else f"{entry.cosine:.6f}",
+                f"{entry.max_abs_error:.3g} of {entry.largest:.3g}",
+                "–" if entry.saturated is None else f"{entry.saturated:.3%}",
+            )
+            for entry in report.tensors
+        ]
+        print_table((f"{precision}: tensor", "operator", "SQNR, dB", "cosine", "largest error", "saturated"), rows)
+        for tensor in report.missing:
+            print(f"{tensor}: not compared, what ran has it no more")
+        where = "the error jumps nowhere" if report.jump is None else f"the error jumps at {report.jump}"
+        print(f"{precision}: {where} ({report.images} images, {report.ran})")
+
+
+def _parser_says(verdict: ParserVerdict) -> str:
+    judge = f"{verdict.parser} {verdict.version} " if verdict.parser else ""
+    says = {True: "accepts the graph", False: "refuses the graph", None: "no verdict"}[verdict.accepted]
+    refused = ", ".join(f"{node.node} ({node.op})" if node.node else node.reason for node in verdict.refused)
+    reason = refused or verdict.note
+    return f"{judge}{says}{f': {reason}' if reason else ''}"
+
+
+def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO = sys.stdout) -> None:
+    """A table as wide as the terminal, or 160 columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings)
+    for row in rows:
+        table.add_row(*row)
+    # Piped output has no width of its own; a narrow guess would cut the cells. Names may hold brackets and colons.
+    console = Console(file=file, width=None if file.isatty() else 160, markup=False, emoji=False)
+    console.print(table)
+
+
+def print_facts(facts: Any, json: bool) -> None:
+    """A mapping, two levels deep, as lines or as JSON."""
+    import json as writer
+
+    if json:
+        print(writer.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, item in value.items():
+                print(f"  {key}: {item}")
+        else:
+            print(f"{name}: {value}")
+
+
+def print_json(value: Any) -> None:
+    """A report, or a mapping of reports, for programs."""
+    from pydantic import TypeAdapter
+
+    print(TypeAdapter(type(value)).dump_json(value, indent=2).decode())
