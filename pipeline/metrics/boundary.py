@@ -131,8 +131,8 @@ def _widened(row: Words, half: int, wanted: int) -> tuple[Words, int]:
     """Bits spread by ``wanted`` pixels to both sides, from bits spread by ``half``."""
     wanted = min(wanted, row.shape[1])
     while half < wanted:
-        # Runs of 2·half+1 pixels leave no gap when they move by as much.
-        step = min(wanted - half, 2 * half + 1, row.shape[1] - 1) or 1
+        # At the border a run is cut to half+1 pixels, which leave no gap when they move by as much.
+        step = min(wanted - half, half + 1)
         wider = row.copy()
         wider[:, step:] |= row[:, :-step]
         wider[:, :-step] |= row[:, step:]

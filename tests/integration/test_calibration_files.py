@@ -237,9 +237,13 @@ def test_ctrl_c_leaves_the_older_pair(tmp_path: Path, made: Made) -> None:
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     ) as process:
         writer = opened_by_its_reader(images / "002.png", process)
+        time.sleep(0.5)  # until it waits in a read, which a signal ends; one just before it is noticed too late
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        os.close(writer)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            os.close(writer)
     assert process.returncode == 130, err
     assert err == "unet-trt: interrupted; finished stages are kept\n"
     assert out == ""

@@ -65,6 +65,15 @@ def test_against_loops(case: tuple[np.ndarray, np.ndarray, int, int]) -> None:
     assert got.tolist() == pytest.approx(wanted, nan_ok=True)
 
 
+@pytest.mark.parametrize("radius", [1, 2, 3, 4, 5, 6, 7])
+def test_discs_at_the_border_have_no_gaps(radius: int) -> None:
+    reference, prediction = np.ones((2, 12, 20), np.uint8)
+    reference[0, 0] = prediction[-1, -1] = prediction[3, 1] = 0
+    f = f_score(match(outlines(reference, 2, radius), outlines(prediction, 2, radius)))
+    none = np.zeros_like(reference, bool)
+    assert f.tolist() == pytest.approx([slow_f(reference, prediction, c, radius, none) for c in range(2)])
+
+
 def test_more_classes_than_a_word_has_bits() -> None:
     rng = np.random.default_rng(0)
     reference, prediction = rng.integers(0, 150, (2, 40, 40)).astype(np.uint8)
