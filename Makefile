@@ -37,7 +37,7 @@ test: $(READY) ## all tests that need no GPU
 	$(TEST)
 
 test-matrix: $(READY) ## every export: exporters × opsets × sizes × upsampling
-	$(TEST) tests/matrix tests/integration/test_foreign.py -m "matrix or not matrix"
+	HYPOTHESIS_PROFILE=default $(TEST) tests/matrix tests/integration/test_foreign.py tests/unit/graph/test_properties.py -m "matrix or not matrix"
 
 test-gpu: ## tests on a GPU host, with the interpreter PYTHON that has TensorRT
 	$(PYTHON) -m pytest tests/gpu -m gpu
