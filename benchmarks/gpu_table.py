@@ -1,9 +1,11 @@
 """What each precision costs and gives on a GPU: runs the whole pipeline with TensorRT and collects its reports.
 
-    python benchmarks/gpu_table.py -o RESULT.json --build-dir build [--isbi DIR] [--camvid DIR] [cells isbi camvid]
+    python benchmarks/gpu_table.py -o RESULT.json --build-dir build [--isbi DIR] [--camvid DIR] [--accuracy]
+        [cells isbi camvid]
 
-For each config: FP32, FP16 and INT8 (route auto), then INT8 on the implicit route from the same calibration cache.
-The exported graph may lie in the build folder already, made where torch is installed.
+For each config: FP32, FP16 and INT8 as configured, then INT8 in other ways from the same calibration cache.
+The exported graph may lie in the build folder already, made where torch is installed. ``--accuracy``: INT8 alone, and
+no times, so that several of these may share one GPU.
 """
 
 from __future__ import annotations
@@ -20,15 +22,20 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRECISIONS = ("fp32", "fp16", "int8")
+WAYS = {
+    "int8, Q/DQ at convolutions": "engine.qdq=convolutions",
+    "int8, Q/DQ shared": "engine.qdq=shared",
+    "int8, implicit": "engine.route=implicit",
+}
 
 
-def run(config: str, build: Path, *options: str) -> int:
-    """Exit code of one pipeline run; its log goes to stderr."""
+def run(stage: str, config: str, build: Path, *options: str) -> int:
+    """Exit code of one command of the pipeline; its log goes to stderr."""
     command = [
         sys.executable,
         "-m",
         "pipeline",
-        "run",
+        stage,
         "-c",
         f"configs/{config}.yaml",
         "--build-dir",
@@ -39,15 +46,14 @@ def run(config: str, build: Path, *options: str) -> int:
     return subprocess.run(command, cwd=REPOSITORY, check=False, stdout=sys.stderr).returncode
 
 
-def collect(folder: Path, precision: str) -> dict[str, Any]:
+def collect(folder: Path, precision: str, label: str, timed: bool) -> dict[str, Any]:
     """One row of the table, from the reports."""
     report = json.loads((folder / "validate" / precision / "report.json").read_text(encoding="utf-8"))
     manifest = json.loads((folder / "engine" / precision / "manifest.json").read_text(encoding="utf-8"))
-    timings = json.loads((folder / "benchmark" / "report.json").read_text(encoding="utf-8"))["timings"]
-    timing = next(t for t in timings if t["name"] == precision)
     scores, reference = report["scores"], report["reference"]
-    return {
+    row = {
         "precision": precision,
+        "way": label,
         "route": manifest["route"],
         "ran": report["candidate"]["ran"],
         "emulated": report["candidate"]["emulated"],
@@ -59,12 +65,15 @@ def collect(folder: Path, precision: str) -> dict[str, Any]:
         "agreement": report["agreement"],
         "max_abs_error": report["max_abs_error"],
         "logit_range": report["logit_range"],
-        "gpu_ms_p50": timing["device"]["p50_ms"],
-        "gpu_ms_p99": timing["device"]["p99_ms"],
-        "end_to_end_ms_p50": timing["end_to_end"]["p50_ms"],
-        "engine_bytes": timing["bytes"],
+        "engine_bytes": (folder / "engine" / precision / "model.engine").stat().st_size,
         "build_seconds": manifest["build_seconds"],
     }
+    if timed:
+        timings = json.loads((folder / "benchmark" / "report.json").read_text(encoding="utf-8"))["timings"]
+        timing = next(t for t in timings if t["name"] == precision)
+        row["gpu_ms_p50"], row["gpu_ms_p99"] = timing["device"]["p50_ms"], timing["device"]["p99_ms"]
+        row["end_to_end_ms_p50"] = timing["end_to_end"]["p50_ms"]
+    return row
 
 
 def main() -> None:
@@ -74,6 +83,7 @@ def main() -> None:
     parser.add_argument("--build-dir", type=Path, default=Path("build"))
     parser.add_argument("--isbi")
     parser.add_argument("--camvid")
+    parser.add_argument("--accuracy", action="store_true", help="INT8 alone, and no times")
     options = parser.parse_args()
     roots = {"isbi": options.isbi, "camvid": options.camvid}
     result: dict[str, Any] = {
@@ -81,30 +91,30 @@ def main() -> None:
         "python": platform.python_version(),
         "configs": {},
     }
+    stage = "validate" if options.accuracy else "run"
     for config in options.configs:
-        sets = ["--set", f"data.root={roots[config]}"] if roots.get(config) else []
+        sets = ["--backend", "tensorrt", *(("--set", f"data.root={roots[config]}") if roots.get(config) else ())]
         build = options.build_dir.resolve()
-        code = run(config, build, "--backend", "tensorrt", *sets)
-        rows = [collect(build / config, precision) for precision in PRECISIONS]
-        implicit = build.with_name(f"{build.name}-implicit")
-        shutil.copytree(build / config, implicit / config, dirs_exist_ok=True)
-        implicit_code = run(
-            config, implicit, "--backend", "tensorrt", "-p", "int8", "--set", "engine.route=implicit", *sets
-        )
-        rows.append(collect(implicit / config, "int8"))
-        manifest = json.loads((build / config / "engine" / "fp16" / "manifest.json").read_text(encoding="utf-8"))
+        rows, codes = [], {}
+        if not options.accuracy:
+            codes["as configured"] = run("run", config, build, *sets)
+            rows = [collect(build / config, precision, "as configured", True) for precision in PRECISIONS]
+        for number, (label, setting) in enumerate(WAYS.items()):
+            other = build.with_name(f"{build.name}-{number}")
+            shutil.copytree(build / config, other / config, dirs_exist_ok=True)
+            codes[label] = run(stage, config, other, "-p", "int8", "--set", setting, *sets)
+            rows.append(collect(other / config, "int8", label, not options.accuracy))
+            manifest = json.loads((other / config / "engine" / "int8" / "manifest.json").read_text(encoding="utf-8"))
         result["device"], result["tensorrt"] = manifest["device"], manifest["backend_version"]
-        image = manifest["inputs"][0]["shape"]
-        result["configs"][config] = {"input": image, "exit_codes": [code, implicit_code], "rows": rows}
+        result["configs"][config] = {"input": manifest["inputs"][0]["shape"], "exit_codes": codes, "rows": rows}
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for config, entry in result["configs"].items():
         for row in entry["rows"]:
+            timed = f" GPU {row['gpu_ms_p50']:.3f} ms" if "gpu_ms_p50" in row else ""
             print(
-                f"{config:8} {row['precision']} {row['route']:9} mIoU {row['mean_iou']:.4f}"
-                f" ({row['mean_iou'] - row['fp32_onnxruntime_mean_iou']:+.4f}) same class {row['agreement']:.5f}"
-                f" GPU {row['gpu_ms_p50']:.3f} ms, end to end {row['end_to_end_ms_p50']:.3f} ms,"
-                f" engine {row['engine_bytes'] / 1e6:.1f} MB, built in {row['build_seconds']:.0f} s,"
-                f" {'passed' if row['passed'] else 'FAILED'}"
+                f"{config:8} {row['precision']} {row['way']:28} {row['route']:9} mIoU {row['mean_iou']:.4f}"
+                f" ({row['mean_iou'] - row['fp32_onnxruntime_mean_iou']:+.4f}) same class {row['agreement']:.5f}{timed}"
+                f" built in {row['build_seconds']:.0f} s, {'passed' if row['passed'] else 'FAILED'}"
             )
 
 

@@ -151,6 +151,93 @@ def depthwise_upsampling(kernel: Sequence[float], pad: int) -> Edit:
     return edit
 
 
+def after_resize(kind: str) -> Edit:
+    """A node that changes nothing between each Resize and its Concat, of a kind that can write into its part of it."""
+
+    def edit(model: ModelProto) -> ModelProto | None:
+        editor, shapes = _Editor(model), infer(model)
+        resized = {node.output[0] for node in model.graph.node if node.op_type == "Resize"}
+
+        def change(node: NodeProto) -> Sequence[NodeProto] | None:
+            chosen = [slot for slot, tensor in enumerate(node.input) if tensor in resized]
+            if node.op_type != "Concat" or not chosen:
+                return None
+            nodes = []
+            for slot in chosen:
+                source, written = node.input[slot], f"{node.input[slot]}.written"
+                if kind == "Relu":
+                    nodes.append(_node("Relu", [source], [written], written))
+                else:
+                    shape = dims(shapes[source])
+                    assert shape is not None
+                    channels = int(shape[1] or 0)
+                    group = channels if kind == "depthwise" else 1
+                    weight = np.ones((channels, 1)) if kind == "depthwise" else np.eye(channels)
+                    name = editor.constant(weight.astype(np.float32)[:, :, None, None], f"{written}.weight")
+                    nodes.append(_node("Conv", [source, name], [written], written, kernel_shape=[1, 1], group=group))
+                node.input[slot] = written
+            return [*nodes, node]
+
+        return editor.rewrite(change)
+
+    return edit
+
+
+def split_convolutions(model: ModelProto) -> ModelProto | None:
+    """Conv(Concat(a, b)) as Conv(a) + Conv(b)."""
+    editor, shapes = _Editor(model), infer(model)
+    concats = {node.output[0]: node for node in model.graph.node if node.op_type == "Concat" and len(node.input) == 2}
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        if node.op_type == "Concat" and node.output[0] in concats:
+            return []
+        if node.op_type != "Conv" or node.input[0] not in concats:
+            return None
+        first, second = concats[node.input[0]].input
+        shape, weight, result = dims(shapes[first]), editor.array(node.input[1]), node.output[0]
+        assert shape is not None
+        place, attributes = int(shape[1] or 0), _attributes(node)
+        a, b = f"{result}.first", f"{result}.second"
+        weights = editor.constant(weight[:, :place], f"{a}.weight"), editor.constant(weight[:, place:], f"{b}.weight")
+        return [
+            _node("Conv", [first, weights[0]], [a], a, **attributes),
+            _node("Conv", [second, weights[1], *node.input[2:]], [b], b, **attributes),
+            _node("Add", [b, a], [result], node.name),
+        ]
+
+    return editor.rewrite(change)
+
+
+def before_input(kind: str) -> Edit:
+    """Identity after each Resize, and a node before the first convolution: the image times 1, or channels of zeros."""
+
+    def edit(model: ModelProto) -> ModelProto | None:
+        changed = after_resize("dense")(model)
+        if changed is None:
+            return None
+        editor, (image,) = _Editor(changed), [value.name for value in changed.graph.input]
+
+        def change(node: NodeProto) -> Sequence[NodeProto] | None:
+            if image not in node.input:
+                return None
+            made = f"{image}.{kind}"
+            if kind == "times":
+                first = _node("Mul", [image, editor.constant(np.ones((1, 1, 1, 1), np.float32), "one")], [made], made)
+            else:
+                weight = editor.array(node.input[1])
+                missing = 8 - weight.shape[1]
+                sizes = editor.constant(np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64), "channels")
+                first = _node("Pad", [image, sizes], [made], made)
+                wide = np.pad(weight, ((0, 0), (0, missing), (0, 0), (0, 0)))
+                node.input[1] = editor.constant(wide, f"{node.input[1]}.wide")
+            node.input[0] = made
+            return [first, node]
+
+        return editor.rewrite(change)
+
+    return edit
+
+
 def depth_to_space(model: ModelProto) -> ModelProto | None:
     """ConvTranspose of kernel 2 and stride 2 as a 1×1 Conv of four times the channels, then DepthToSpace."""
     editor = _Editor(model)
@@ -274,5 +361,14 @@ EDITS: dict[str, tuple[str, Edit]] = {
     ),
     "depthwise nearest": ("nearest as depthwise ConvTranspose 2×2: timing only", depthwise_upsampling((1.0, 1.0), 0)),
     "depth to space": ("ConvTranspose 2×2 as 1×1 Conv + DepthToSpace: computes the same", depth_to_space),
+    "relu after resize": ("Relu between Resize and Concat: computes the same", after_resize("Relu")),
+    "convolution after resize": ("1×1 Conv of the identity between Resize and Concat", after_resize("dense")),
+    "depthwise after resize": ("depthwise 1×1 Conv of ones between Resize and Concat", after_resize("depthwise")),
+    "split convolutions": ("Conv(Concat(a, b)) as Conv(a) + Conv(b)", split_convolutions),
+    "input times one": ("1×1 Conv after Resize, and the image times 1", before_input("times")),
+    "input of 8 channels": (
+        "1×1 Conv after Resize, and channels of zeros added to the image",
+        before_input("channels"),
+    ),
     "separate pads": ("a Pad node before each convolution: computes the same", separate_pads),
 }

@@ -177,7 +177,7 @@ class CalibrateConfig(Strict):
         "entropy", description="auto: the one whose INT8 masks agree best with FP32's on held-out calibration images"
     )
     calibrator: Calibrator = Field(
-        "cpu", description="where activations are computed; auto: gpu where that is possible, otherwise cpu"
+        "auto", description="where activations are computed; auto: gpu where that is possible, otherwise cpu"
     )
     images: int = Field(32, gt=0)
     bins: int = Field(2048, ge=256)

@@ -102,7 +102,7 @@ def gpu_histograms(
     return list(histograms.values())
 
 
-def gpu_calibration_available() -> str:
+def why_no_gpu_calibration() -> str:
     """Empty where ``gpu_histograms`` can run; otherwise one sentence why not."""
     try:
         _require()

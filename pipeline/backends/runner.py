@@ -215,6 +215,7 @@ class EngineRunner:
                 self._stream.synchronize()
         finally:
             self._renew_context()
+        self._prepare(feeds)
         if not profiler.milliseconds:
             raise EngineError("the engine reports no layer's time", fix="build it again with this TensorRT")
         return {name: total / runs for name, total in profiler.milliseconds.items()}

@@ -150,9 +150,9 @@ def resolve_calibrator(wanted: Calibrator) -> Calibrator:
     """Which calibrator that is on this machine: never ``auto``."""
     if wanted != "auto":
         return wanted
-    from pipeline.backends.gpu_histograms import gpu_calibration_available
+    from pipeline.backends.gpu_histograms import why_no_gpu_calibration
 
-    return "cpu" if gpu_calibration_available() else "gpu"
+    return "cpu" if why_no_gpu_calibration() else "gpu"
 
 
 def content_hashes(samples: Iterable[Sample]) -> dict[str, str]:

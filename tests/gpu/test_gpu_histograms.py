@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from pipeline.backends import cuda
 from pipeline.backends.cpu_histograms import cpu_histograms
-from pipeline.backends.gpu_histograms import gpu_calibration_available, gpu_histograms
+from pipeline.backends.gpu_histograms import gpu_histograms, why_no_gpu_calibration
 from pipeline.calibration.algorithms import ALGORITHMS
 from pipeline.config import EngineConfig
 from pipeline.errors import CalibrationError
@@ -19,7 +19,7 @@ from pipeline.graph.placement import activation_tensors
 from tests.tiny_unet import images, save, tiny_unet
 from tests.unit.backends.test_gpu_histograms import CASES, counted, reference, relu, same
 
-MISSING = gpu_calibration_available()
+MISSING = why_no_gpu_calibration()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(MISSING), reason=MISSING or "available")]
 
 SETTINGS = EngineConfig(backend="tensorrt", workspace_mib=1024)

@@ -576,12 +576,12 @@ class TestAvailable:
         monkeypatch.setattr(cuda, "current_device", lambda: DEVICE)
         monkeypatch.setattr(cuda, "shared_memory", lambda: 99 << 10)
         monkeypatch.setattr(nvrtc, "version", lambda: "12.9")
-        assert gpu.gpu_calibration_available() == ""
+        assert gpu.why_no_gpu_calibration() == ""
         monkeypatch.setattr(cuda, "shared_memory", lambda: 48 << 10)
-        assert "too little shared memory" in gpu.gpu_calibration_available()
+        assert "too little shared memory" in gpu.why_no_gpu_calibration()
 
         def no_tensorrt():
             raise UnsupportedError("TensorRT is not installed", fix="install it")
 
         monkeypatch.setattr(gpu.tensorrt, "api", no_tensorrt)
-        assert gpu.gpu_calibration_available() == "TensorRT is not installed; install it"
+        assert gpu.why_no_gpu_calibration() == "TensorRT is not installed; install it"

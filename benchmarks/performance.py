@@ -1,0 +1,417 @@
+"""Which form of a UNet TensorRT runs fastest, beside what a user would run instead. Every try, with what was expected.
+
+    python benchmarks/performance.py export FOLDER                     needs torch, no GPU
+    python benchmarks/performance.py torch FOLDER                      needs torch with CUDA
+    python benchmarks/performance.py engines FOLDER -o RESULT.json     needs TensorRT on a GPU
+        [--networks unet camvid] [--camvid DIR] [--date 2026-11-21] [--seconds 400] [--tries PATTERN…]
+
+``unet`` has 64 base channels and biases that differ, as training leaves them; ``camvid`` is the shipped network.
+``engines`` builds the tries of ``TRIES`` one after the other, times all of them in turns (A B A B …), and writes the
+result after each step. It goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import CalibrateConfig, Config, EngineConfig, load_config
+from pipeline.metrics.interleaving import interleave
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NETWORKS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "unet": ("cells", {"in_channels": 1, "classes": 4, "base_channels": 64}),
+    "camvid": ("camvid", None),
+}
+OPSET, LARGE_BATCH, CALIBRATION_IMAGES = 19, 8, 16
+SLICE_SECONDS, SLICE_WARMUP_SECONDS, ROUNDS = 0.06, 0.015, 8
+COPIES = ("reformat", "concat")
+TORCH_RUNS, TORCH_WARM_UPS = 200, 50
+
+
+@dataclass(frozen=True)
+class Try:
+    """One engine.
+
+    Attributes:
+        expected: what was predicted of it before it was measured.
+        kind: how its types are chosen; ``own``: by TensorRT's own INT8 calibrator.
+        edit: of ``variants.EDITS``, made in the clean graph.
+        qdq: ``shared`` gives all that a pool, resize or concatenation joins one range.
+        raw: the graph as exported.
+    """
+
+    expected: str
+    kind: Literal["fp16", "explicit", "implicit", "own"] = "fp16"
+    edit: str | None = None
+    qdq: Literal["convolutions", "shared"] = "shared"
+    exclude: Literal["first", "last"] | None = None
+    level: int = 3
+    batch: int = 1
+    raw: bool = False
+
+
+RELU, CONV, DEPTHWISE = "relu after resize", "convolution after resize", "depthwise after resize"
+SPLIT, TIMES_ONE, EIGHT = "split convolutions", "input times one", "input of 8 channels"
+TRIES = {
+    "fp16": Try("four copies, of each Resize's result into its Concat, cost 0.06 of 0.75 ms"),
+    "fp16, convolution": Try("a convolution writes into the Concat: 0.03 ms less", edit=CONV),
+    "fp16, depthwise": Try("so does a depthwise one, with less arithmetic", edit=DEPTHWISE),
+    "int8": Try("what is pooled and concatenated is requantized", "explicit", qdq="convolutions"),
+    "int8, shared": Try("nothing is requantized: 0.05 ms less", "explicit"),
+    "int8, shared, convolution": Try("no copies into Concats: 0.04 ms less", "explicit", CONV),
+    "int8, shared, depthwise": Try("no copies into Concats: 0.04 ms less", "explicit", DEPTHWISE),
+    "fp16, convolution, input times one": Try("the input's copy, 0.016 ms, becomes a quick kernel", edit=TIMES_ONE),
+    "fp16, convolution, input of 8 channels": Try("a tensor core kernel for the first layer", edit=EIGHT),
+    "int8, shared, convolution, batch 8": Try("0.30 ms an image", "explicit", CONV, batch=LARGE_BATCH),
+    "raw, fp16": Try("copies and constants that cleaning removes", raw=True),
+    "fp16, relu": Try("a pointwise kernel writes into the Concat: 0.03 ms less", edit=RELU),
+    "int8, shared, relu": Try("no copies into Concats: 0.04 ms less", "explicit", RELU),
+    "fp16, convolution, again": Try("builds vary by 1 percent", edit=CONV),
+    "int8, shared, convolution, again": Try("builds vary by 1 percent", "explicit", CONV),
+    "fp16, convolution, once more": Try("builds vary by 1 percent", edit=CONV),
+    "int8, shared, convolution, once more": Try("builds vary by 1 percent", "explicit", CONV),
+    "int8, shared, convolution, level 5": Try("more tactics, a few percent", "explicit", CONV, level=5),
+    "fp16, convolution, level 5": Try("more tactics, a few percent", edit=CONV, level=5),
+    "int8, shared, first in fp16": Try("the first layer has little to gain", "explicit", exclude="first"),
+    "int8, shared, last in fp16": Try("the last layer is limited by memory", "explicit", exclude="last"),
+    "int8, shared, split": Try("no Concat at all, at the price of one more addition", "explicit", SPLIT),
+    "fp16, split": Try("no Concat at all, at the price of one more addition", edit=SPLIT),
+    "implicit, convolution": Try("as explicit", "implicit", CONV),
+    "raw, own calibrator": Try("what a user of TensorRT alone gets", "own", raw=True),
+}
+
+
+def export(folder: Path, name: str) -> None:
+    """Write ``raw.onnx`` and ``raw-8.onnx`` (batch 8), as torch's exporter leaves them."""
+    import torch
+
+    module, config = _module(name), _config(name, ".")
+    spec = config.preprocessing
+    for batch in (1, LARGE_BATCH):
+        target = _raw(folder, name, batch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        example = torch.zeros(batch, spec.channel_count, spec.height, spec.width)
+        with torch.inference_mode():
+            torch.onnx.export(
+                module,
+                (example,),
+                str(target),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["logits"],
+            )
+
+
+def torch_rows(name: str) -> dict[str, Any]:
+    """Median milliseconds of one inference, by CUDA events, of what a user of torch alone would run."""
+    import torch
+
+    module, spec = _module(name).cuda(), _config(name, ".").preprocessing
+    image = torch.randn(1, spec.channel_count, spec.height, spec.width, device="cuda")
+    last: Any = {"memory_format": torch.channels_last}
+
+    def tf32(on: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+    def timed(run: Any, fed: Any) -> float:
+        with torch.inference_mode():
+            for _ in range(TORCH_WARM_UPS):
+                run(fed)
+            marks = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(TORCH_RUNS)
+            ]
+            for before, after in marks:
+                before.record()
+                run(fed)
+                after.record()
+            torch.cuda.synchronize()
+        return round(float(np.median([before.elapsed_time(after) for before, after in marks])), 5)
+
+    rows: dict[str, float] = {}
+    tf32(False)
+    rows["torch eager, FP32"] = timed(module, image)
+    tf32(True)
+    rows["torch eager, TF32"] = timed(module, image)
+    half = module.half().to(**last)
+    fed = image.half().to(**last)
+    rows["torch eager, FP16 channels-last"] = timed(half, fed)
+    compiled = torch.compile(half, mode="max-autotune")
+    rows["torch.compile max-autotune, FP16 channels-last"] = timed(compiled, fed)
+    return {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "median_ms": rows}
+
+
+class Bench:
+    """Engines of one network on one GPU, in a result file that is written after every step."""
+
+    def __init__(self, folder: Path, name: str, result: dict[str, Any], output: Path, root: str) -> None:
+        from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+        from pipeline.backends.tensorrt import api
+        from pipeline.data.dataset import open_dataset
+        from pipeline.data.preprocessing import preprocess
+
+        self.trt, self.folder, self.name, self.output = api(), folder, name, output
+        self.config = _config(name, root)
+        self.result = result
+        self.rows: dict[str, Any] = result["networks"].setdefault(name, {}).setdefault("tries", {})
+        (sample,) = open_dataset(self.config.data, self.config.preprocessing, "validation").first(1)
+        self.image = preprocess(sample.image, self.config.preprocessing)[np.newaxis]
+        with OnnxRuntimeRunner(_raw(folder, name, 1)) as runner:
+            self.reference = runner({"image": self.image})["logits"]
+
+    def build(self, label: str, tried: Try) -> None:
+        """Build one engine and look into it; what fails is recorded, as it must not end the run."""
+        from pipeline.backends.base import BuildRequest
+        from pipeline.backends.layers import parse_layers
+        from pipeline.backends.runner import EngineRunner
+        from pipeline.backends.tensorrt import TensorrtBuilder
+        from pipeline.graph.io import save_model
+
+        if label in self.rows and (self._plan(label).exists() or "error" in self.rows[label]):
+            return
+        row: dict[str, Any] = {"expected": tried.expected}
+        try:
+            model, table = self._graph(tried)
+            path = self.folder / self.name / f"{_stem(label)}.onnx"
+            save_model(model, path)
+            request = BuildRequest(
+                path,
+                "fp16" if tried.kind == "fp16" else "int8",
+                "explicit" if tried.kind == "explicit" else "implicit",
+                EngineConfig(backend="tensorrt", optimization_level=tried.level),
+                table,
+                {},
+                self.folder / self.name / f"{'raw' if tried.raw else 'clean'}-{tried.kind}.timing",
+            )
+            made = TensorrtBuilder().build(request)
+            self._plan(label).write_bytes(made.plan)
+            with EngineRunner(self.trt, made.plan) as runner:
+                feeds = self._feeds(tried)
+                logits = runner(feeds)["logits"]
+                times = runner.profile(feeds)
+                layers = parse_layers(runner.layers())
+            row |= {
+                "build_seconds": round(made.seconds, 2),
+                "timing_cache": made.timing_cache,
+                "engine_bytes": len(made.plan),
+                "layers": len(layers),
+                "copies": sum(layer.group in COPIES for layer in layers),
+                "copies_ms": round(sum(times.get(layer.name, 0) for layer in layers if layer.group in COPIES), 5),
+                "agreement": float((logits.argmax(1) == self.reference.argmax(1)).mean()),
+                "max_relative_error": float(np.abs(logits - self.reference).max() / np.abs(self.reference).max()),
+                "profile_ms": {layer.name: round(times.get(layer.name, 0), 5) for layer in layers},
+            }
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:600]
+            self._plan(label).unlink(missing_ok=True)
+        self.rows[label] = row
+        self.save()
+        shown = {key: value for key, value in row.items() if key not in ("expected", "profile_ms", "engine_bytes")}
+        print(f"{self.name}: {label}: {shown}", flush=True)
+
+    def time(self) -> None:
+        """All engines there are, in turns."""
+        from pipeline.backends.runner import EngineRunner
+
+        labels = [label for label in TRIES if label in self.rows and self._plan(label).exists()]
+        if not labels:
+            return
+        with ExitStack() as stack:
+            runners = {
+                label: stack.enter_context(EngineRunner(self.trt, self._plan(label).read_bytes())) for label in labels
+            }
+
+            def turn(label: str) -> NDArray[np.float64]:
+                feeds = self._feeds(TRIES[label])
+                times: NDArray[np.float64] = runners[label].device_milliseconds(
+                    feeds, SLICE_SECONDS, SLICE_WARMUP_SECONDS
+                )
+                return times
+
+            turns = interleave({label: functools.partial(turn, label) for label in labels}, ROUNDS)
+            for label in labels:
+                found = turns.latency(label)
+                self.rows[label] |= {
+                    "median_ms": round(found.median, 5),
+                    "interval_ms": [round(found.low, 5), round(found.high, 5)],
+                    "cuda_graph": runners[label].captured,
+                }
+                print(f"{self.name}: {label:36} {found.median:.4f} ms [{found.low:.4f}, {found.high:.4f}]", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        self.output.write_text(json.dumps(self.result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _graph(self, tried: Try) -> tuple[Any, Any]:
+        """The graph to build, and the table that the implicit route needs."""
+        from variants import EDITS
+
+        from pipeline.backends.tensorrt import calibrate_with_tensorrt
+        from pipeline.graph.io import load_model
+        from pipeline.graph.placement import implicit_ranges
+        from pipeline.graph.quantize import quantize
+
+        path = _raw(self.folder, self.name, tried.batch)
+        if tried.raw:
+            if tried.kind == "fp16":
+                return load_model(path), None
+            batches = [{"image": self.image}] * 2
+            return load_model(path), calibrate_with_tensorrt(path, batches, "entropy", EngineConfig())
+        model = load_model(self._clean(tried.batch))
+        convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+        exclude = {"first": convolutions[:1], "last": convolutions[-1:], None: []}[tried.exclude]
+        if tried.edit is not None:
+            model = EDITS[tried.edit][1](model)
+        if tried.kind == "fp16":
+            return model, None
+        table = self._table(model)
+        if tried.kind == "implicit":
+            return model, implicit_ranges(model, table)
+        return quantize(model, table, half=False, exclude=exclude, qdq=tried.qdq), None
+
+    def _clean(self, batch: int) -> Path:
+        from pipeline.stages.clean import clean
+
+        raw = _raw(self.folder, self.name, batch)
+        target = raw.with_name(raw.name.replace("raw", "clean"))
+        if not target.exists():
+            clean(raw, target, None, self.config.clean.tolerance)
+        return target
+
+    def _table(self, model: Any) -> Any:
+        """Ranges from our GPU calibrator; a tensor that an edit added has the range of what it was made from."""
+        from pipeline.calibration.table import read_cache
+        from pipeline.data.dataset import open_dataset
+        from pipeline.graph.placement import activation_tensors
+        from pipeline.stages.calibrate import calibrate
+
+        clean = self._clean(1)
+        cache = clean.with_suffix(".cache")
+        if not cache.exists():
+            samples = open_dataset(self.config.data, self.config.preprocessing, "train").first(CALIBRATION_IMAGES)
+            settings = CalibrateConfig(calibrator="gpu", images=CALIBRATION_IMAGES)
+            calibrate(clean, samples, settings, self.config.preprocessing, cache, cache.with_suffix(".json"))
+        table = read_cache(cache)
+        makers = {node.output[0]: node.input[0] for node in model.graph.node}
+        amax = dict(table.amax)
+        for tensor in activation_tensors(model):
+            amax.setdefault(tensor, amax[makers[tensor]] if tensor in makers else max(amax.values()))
+        return replace(table, amax=amax, report=None)
+
+    def _feeds(self, tried: Try) -> dict[str, NDArray[np.float32]]:
+        return {"image": np.repeat(self.image, tried.batch, axis=0)}
+
+    def _plan(self, label: str) -> Path:
+        return self.folder / self.name / f"{_stem(label)}.engine"
+
+
+def _module(name: str) -> Any:
+    """The network in eval mode; a fresh one gets the statistics and biases of a trained one, the same at every call."""
+    import torch
+
+    from pipeline.networks import build_network
+
+    _, arguments = NETWORKS[name]
+    update = {} if arguments is None else {"arguments": arguments, "weights": None}
+    torch.manual_seed(0)
+    module = build_network(_config(name, ".").network.model_copy(update=update)).eval()
+    if arguments is not None:
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                assert layer.running_mean is not None
+                assert layer.running_var is not None
+                with torch.no_grad():
+                    layer.running_mean.normal_(0, 0.1)
+                    layer.running_var.uniform_(0.5, 1.5)
+                    layer.weight.uniform_(0.8, 1.2)
+                    layer.bias.normal_(0, 0.1)
+    return module
+
+
+def _config(name: str, root: str) -> Config:
+    config, _ = NETWORKS[name]
+    return load_config(REPOSITORY / "configs" / f"{config}.yaml", [] if config == "cells" else [f"data.root={root}"])
+
+
+def _raw(folder: Path, name: str, batch: int) -> Path:
+    return folder / name / ("raw.onnx" if batch == 1 else f"raw-{batch}.onnx")
+
+
+def _stem(label: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in label)
+
+
+def engines(options: argparse.Namespace) -> None:
+    from pipeline.backends import cuda
+    from pipeline.backends.tensorrt import api
+
+    end = time.monotonic() + options.seconds
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    result: dict[str, Any] = {
+        "date": options.date or now,
+        "device": asdict(cuda.current_device()),
+        "tensorrt": api().__version__,
+        "method": f"CUDA events around each inference, CUDA graphs, {ROUNDS} rounds (A B B A) in turns of "
+        f"{SLICE_SECONDS} s an engine after warm-up; median of the rounds and its distribution-free interval; "
+        f"torch: median of {TORCH_RUNS} inferences, its own process, CUDA events",
+        "networks": {},
+    }
+    if options.output.exists():
+        result |= json.loads(options.output.read_text(encoding="utf-8"))
+    for place, name in enumerate(options.networks):
+        bench = Bench(options.folder, name, result, options.output, options.camvid)
+        rows = options.folder / name / "torch.json"
+        if rows.exists():
+            result["networks"][name]["torch"] = json.loads(rows.read_text(encoding="utf-8"))
+        share = time.monotonic() + (end - time.monotonic()) / (len(options.networks) - place)
+        for label, tried in TRIES.items():
+            if any(fnmatchcase(label, pattern) for pattern in options.tries):
+                if time.monotonic() > share:
+                    print(f"{name}: the time is up before {label}", flush=True)
+                    break
+                bench.build(label, tried)
+        bench.time()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    exporting, torching, building = (commands.add_parser(name) for name in ("export", "torch", "engines"))
+    for command in (exporting, torching, building):
+        command.add_argument("folder", type=Path)
+        command.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    building.add_argument("-o", "--output", type=Path, required=True)
+    building.add_argument("--camvid", default=".", help="the images' folder")
+    building.add_argument("--date", help="of the measurement, where the machine's clock is wrong")
+    building.add_argument("--seconds", type=float, default=math.inf, help="no build begins later")
+    building.add_argument("--tries", nargs="+", default=["*"], help="patterns of labels")
+    options = parser.parse_args(arguments)
+    options.folder = options.folder.resolve()
+    if options.command == "engines":
+        engines(options)
+        return
+    for name in options.networks:
+        if options.command == "export":
+            export(options.folder, name)
+        else:
+            rows = torch_rows(name)
+            (options.folder / name / "torch.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            print(name, rows["median_ms"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
