@@ -36,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+weights_app = typer.Typer(help="Weights files.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
 # Accepted before and behind the command's name.
 GLOBAL_FLAGS = ("--debug", "--quiet")
 
@@ -460,6 +462,27 @@ def train(
 
 
 # ---------------------------------------------------------------------- models in use
+
+
+@weights_app.command("convert")
+def convert_weights(
+    source: Annotated[Path, typer.Argument(help="A.pth, .pt, .safetensors or .wts.")],
+    target: Annotated[Path, typer.Argument(help="B.wts, .safetensors, .pth or .pt; the endings say the formats.")],
+    like: Annotated[
+        Path | None, typer.Option(help="Weights of the same network, for the shapes that .wts does not hold.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="Or a configuration that names the network.")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Write the weights of one file into another, bit by bit."""
+    from pipeline.stages.weights import convert_weights as convert
+
+    network = _load(config, overrides).network if config else None
+    target = _own_file(target, [source, *([like] if like else [])])
+    count = convert(source, target, like, network)
+    print(f"{target}: {count} tensors")
 
 
 @app.command()

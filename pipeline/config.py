@@ -29,12 +29,15 @@ from pipeline.errors import ConfigError
 Precision = Literal["fp32", "fp16", "int8"]
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 Route = Literal["auto", "implicit", "explicit"]
+Source = Literal["onnx", "network-api"]
 Axis = Literal["batch", "height", "width"]
 Algorithm = Literal["entropy", "minmax", "percentile", "mse"]
 Placement = Literal["convolutions", "shared"]
 Calibrator = Literal["auto", "cpu", "gpu", "tensorrt"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+# The one factory that engine.source: network-api knows.
+UNET = "models.unet:UNet"
 PATH_KEYS = ("network.weights", "network.onnx", "data.root")
 
 
@@ -219,6 +222,9 @@ class EngineConfig(Strict):
     precisions: tuple[Precision, ...] = Field(PRECISIONS, min_length=1)
     backend: BackendName = "auto"
     route: Route = "auto"
+    source: Source = Field(
+        "onnx", description="network-api: the UNet layer by layer from its weights, without an ONNX parser"
+    )
     workspace_mib: int = Field(4096, gt=0, description="GPU memory that one layer may use while it runs")
     optimization_level: int = Field(
         3, ge=0, le=5, description="how many kernels are tried; 5: most, and slowest to build"
@@ -351,7 +357,17 @@ class Config(Strict):
             raise ValueError(f"train.class_weights needs {len(self.data.classes)} values, got {len(weights)}")
         if self.engine.route == "implicit" and self.engine.backend in ("tensorrt-rtx", "onnxruntime"):
             raise ValueError(f"route: implicit needs a TensorRT with calibrators, not backend: {self.engine.backend}")
+        if self.engine.source == "network-api":
+            self._defines_unet()
         return self
+
+    def _defines_unet(self) -> None:
+        if self.network.factory != UNET or self.network.weights is None:
+            raise ValueError(f"engine.source: network-api needs network.factory: {UNET} and network.weights")
+        if (self.clean.input, self.clean.output) != ("float", "logits"):
+            raise ValueError("engine.source: network-api has no clean.input or clean.output but float and logits")
+        if self.engine.backend == "onnxruntime":
+            raise ValueError("engine.source: network-api needs a TensorRT, not backend: onnxruntime")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

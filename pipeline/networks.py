@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from pipeline.calibration.table import some
 from pipeline.config import NetworkConfig
 from pipeline.errors import ModelError, UnsupportedError
+from pipeline.wts import Form, read_wts, shaped
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.")
-SHOWN = 5
+T = TypeVar("T")
 
 
 def build_network(config: NetworkConfig) -> nn.Module:
     """The network of a config in eval mode, float32, on the CPU, with its weights loaded (where the config names any).
+
+    ``.wts`` weights take their shapes from the network, so its arguments are the config's alone.
 
     Raises:
         ModelError: the factory cannot be imported or refuses its arguments; weights are missing, unreadable, would run
@@ -32,7 +40,8 @@ def build_network(config: NetworkConfig) -> nn.Module:
     torch = _torch()
     assert config.factory is not None
     factory = _import(config.factory)
-    state = read_state_dict(config.weights) if config.weights else None
+    flat = config.weights is not None and config.weights.suffix == ".wts"
+    state = read_state_dict(config.weights) if config.weights and not flat else None
     arguments = dict(config.arguments)
     if state is not None and hasattr(factory, "infer_arguments"):
         arguments = {**factory.infer_arguments(state), **arguments}
@@ -44,10 +53,19 @@ def build_network(config: NetworkConfig) -> nn.Module:
         ) from error
     if not isinstance(network, torch.nn.Module):
         raise ModelError(f"{config.factory} returns no torch.nn.Module", got=type(network).__name__)
+    if config.weights is not None and flat:
+        forms = {name: form_of(tensor) for name, tensor in network.state_dict().items()}
+        arrays = shaped(read_wts(config.weights), forms, config.weights)
+        state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if state is not None:
         _load(network, state, config)
     network.eval()
     return cast("nn.Module", network)
+
+
+def form_of(tensor: Tensor) -> Form:
+    """Shape and type of a tensor."""
+    return Form(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -59,13 +77,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: the file is missing, damaged, of another kind, or would run code when read.
     """
+    _check_exists(path)
     torch = _torch()
-    if not path.is_file():
-        raise ModelError(
-            f"the weights file {path} does not exist",
-            expected="a .safetensors, .pth or .pt file",
-            fix="correct network.weights, or make the weights with `unet-trt train`",
-        )
     state: Any
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -74,7 +87,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             state = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is not a readable safetensors file: {error}", fix="copy it again") from error
+            raise _unreadable(path, error) from error
     elif path.suffix in (".pth", ".pt"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -94,6 +107,31 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in _unwrap(state, path).items()}
 
 
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Tensors by name as arrays, in the file's types and shapes; flat float32 of ``.wts``, which holds no others.
+
+    Reads ``.wts``, and ``.safetensors`` of types that numpy has, without torch; everything else as ``read_state_dict``.
+
+    Raises:
+        ModelError: the file is missing, damaged, of another kind, or would run code when read.
+        UnsupportedError: torch is needed and not installed.
+    """
+    if path.suffix == ".wts":
+        return dict(read_wts(path))
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        _check_exists(path)
+        try:
+            return _without_prefixes(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
+        except (AttributeError, KeyError, TypeError) as error:  # bfloat16 and others, which numpy does not have
+            log.debug("%s is read with torch: %s", path, error)
+    return {name: tensor.numpy() for name, tensor in read_state_dict(path).items()}
+
+
 def _unwrap(state: Any, path: Path) -> dict[str, Tensor]:
     torch = _torch()
     for wrapper in WRAPPERS:
@@ -103,6 +141,11 @@ def _unwrap(state: Any, path: Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, Mapping) else {}
     if not tensors:
         raise ModelError(f"{path} holds no state dict", expected="tensors by name", got=type(state).__name__)
+    return _without_prefixes(tensors)
+
+
+def _without_prefixes(tensors: dict[str, T]) -> dict[str, T]:
+    """The tensors without the prefixes that wrappers put before every name."""
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -123,15 +166,23 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], config: NetworkConfig
         differences = [("missing", missing), ("unknown", surplus), ("other shape", shapes)]
         raise ModelError(
             f"{config.weights} holds weights of another architecture than {config.factory}",
-            got="; ".join(f"{name}: {_some(keys)}" for name, keys in differences if keys),
+            got="; ".join(f"{name}: {some(keys)}" for name, keys in differences if keys),
             fix="set network.factory and network.arguments to what the weights were trained with",
         )
     network.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 
-def _some(keys: list[str]) -> str:
-    rest = len(keys) - SHOWN
-    return ", ".join(keys[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(
+            f"the weights file {path} does not exist",
+            expected="a .safetensors, .wts, .pth or .pt file",
+            fix="correct network.weights, or make the weights with `unet-trt train`",
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path} is not a readable safetensors file: {error}", fix="copy it again")
 
 
 def _damaged(path: Path, error: Exception) -> ModelError:

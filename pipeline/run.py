@@ -206,7 +206,15 @@ class Run:
         return self._stage(
             f"engine/{precision}",
             lambda folder: build_engine(
-                cleaned, precision, self.config.engine, _table(cache), _hash(cache), self.card, folder, timing_cache
+                cleaned,
+                precision,
+                self.config.engine,
+                _table(cache),
+                _hash(cache),
+                self.card,
+                folder,
+                timing_cache,
+                self.config.network,
             ),
             config=[self.config.engine, self.card, target.identity()],
             parents={"clean": _hash(cleaned), "cache": _hash(cache)},
@@ -271,7 +279,7 @@ class Run:
                 expected="engine.route: explicit",
                 fix="give --set engine.route=explicit; ranges and INT8 arithmetic are the same there",
             )
-        ran = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}, emulating the typed graph"
+        ran = f"{self._emulator()}, emulating the typed graph"
 
         def make(folder: Path) -> None:
             clean, graph = load_model(cleaned), load_model(typed)
@@ -494,9 +502,13 @@ class Run:
             ran = f"{target.capabilities.name} {target.capabilities.version}"
             what = Candidate(precision, False, ran, sha, sha, target.route)
             return what, functools.partial(load_engine, plan)
-        ran = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
-        what = Candidate(precision, True, ran, _hash(typed) or "", sha, target.route)
+        what = Candidate(precision, True, self._emulator(), _hash(typed) or "", sha, target.route)
         return what, functools.partial(emulate, typed)
+
+    def _emulator(self) -> str:
+        """What runs typed graphs; an engine that was defined layer by layer has none of its own, only a twin."""
+        twin = " on the ONNX twin" if self.config.engine.source == "network-api" else ""
+        return f"ONNX Runtime {importlib.metadata.version('onnxruntime')}{twin}"
 
     def _provenance(self) -> list[tuple[str, str]]:
         rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,8 @@ class BuildRequest:
         table: amax per tensor for implicit INT8; None otherwise.
         profiles: shapes per dynamic input; empty for a static graph.
         timing_cache: file to read and update; None to build without.
+        define: fills an empty network of the API module's, instead of the parser's reading ``model``, which then
+            names the dynamic axes alone; what it returns is kept until the engine is built.
     """
 
     model: Path
@@ -67,6 +69,7 @@ class BuildRequest:
     table: CalibrationTable | None = None
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     timing_cache: Path | None = None
+    define: Callable[[Any, Any], object] | None = None
 
 
 @dataclass(frozen=True)

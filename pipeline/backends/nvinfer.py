@@ -134,7 +134,7 @@ def build(
     adjust: Adjust | None = None,
     timing_owner: str | None = None,
 ) -> BuildResult:
-    """Parse, configure and build.
+    """Parse (or define), configure and build.
 
     Args:
         adjust: called with the builder, its config and the profile (None: static) before the build, for what one
@@ -148,7 +148,11 @@ def build(
     start = time.perf_counter()
     builder = create_builder(trt)
     network = create_network(trt, builder, strongly_typed=strongly_typed)
-    parse(trt, network, request.model)
+    kept = None
+    if request.define is None:
+        parse(trt, network, request.model)
+    else:
+        kept = request.define(trt, network)
     inputs, outputs = network_specs(network, request.model)
     config = builder.create_builder_config()
     configure(trt, config, request.config)
@@ -170,6 +174,7 @@ def build(
         if said:
             notes.append(f"TensorRT said of the timing cache: {said}")
     plan = serialize(trt, builder, network, config, notes, f"building {request.precision}", chosen(request.config))
+    del kept  # TensorRT has read the weights where they lay
     if path is not None and timing_owner is not None and timings != "none":
         write_timing_cache(path, timing_owner, bytes(config.get_timing_cache().serialize()), notes)
     return BuildResult(plan, inputs, outputs, time.perf_counter() - start, timings, tuple(notes))

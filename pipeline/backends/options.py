@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FLAGS = {"sparsity": "SPARSE_WEIGHTS", "version_compatible": "VERSION_COMPATIBLE", "refit": "REFIT"}
 # What an engine's manifest says of how it was built.
 RECORDED = (
+    "source",
     "workspace_mib",
     "optimization_level",
     "tf32",

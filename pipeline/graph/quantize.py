@@ -86,6 +86,40 @@ def quantize(
     return result
 
 
+def pair_scale(table: CalibrationTable, tensor: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The scale of one tensor's pair, amax / 127: shape (), of the graph's type.
+
+    Raises:
+        CalibrationError: it is beyond FP16.
+    """
+    scale = _rounded(np.array(table.scale(tensor), np.float32), dtype)
+    if not np.isfinite(scale):
+        raise CalibrationError(
+            f"the range of tensor {tensor}, ±{table.amax[tensor]:.4g}, is beyond FP16",
+            expected="activations that FP16 holds",
+            fix="use --precision fp32 for this network, or exclude its reader with engine.exclude",
+        )
+    return scale
+
+
+def weight_scales(weight: NDArray[Any], axis: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Scales of a weight's pair, one for each index along ``axis``, of the graph's type."""
+    amax = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
+    # A channel without weights quantizes to zeros at any scale, and TensorRT refuses a scale of 0.
+    return _rounded(np.where(amax > 0, amax, 127.0).astype(np.float32) / np.float32(127), dtype)
+
+
+def _rounded(scale: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Scales in the graph's type: never 0, and rounded up where FP16 has few digits left (below 6e-5)."""
+    info = np.finfo(dtype)
+    with np.errstate(over="ignore"):
+        rounded = scale.astype(dtype)
+    up = np.nextafter(rounded, dtype.type(np.inf))
+    rounded = np.where((scale < info.smallest_normal) & (rounded < scale), up, rounded)
+    least = info.smallest_subnormal if dtype == np.float16 else info.smallest_normal
+    return np.asarray(np.maximum(rounded, least), dtype)
+
+
 class _Quantizer:
     """Inserts the pairs into one model in place."""
 
@@ -114,13 +148,7 @@ class _Quantizer:
 
     def _activation(self, name: str, calibrated: str) -> str:
         if name not in self.pairs:
-            scale = self._scales(np.array(self.table.scale(calibrated), np.float32))
-            if not np.isfinite(scale):
-                raise CalibrationError(
-                    f"the range of tensor {calibrated}, ±{self.table.amax[calibrated]:.4g}, is beyond FP16",
-                    expected="activations that FP16 holds",
-                    fix="use --precision fp32 for this network, or exclude its reader with engine.exclude",
-                )
+            scale = pair_scale(self.table, calibrated, self.dtype)
             self.pairs[name] = self._pair(name, calibrated, scale, axis=None)
         return self.pairs[name]
 
@@ -128,20 +156,8 @@ class _Quantizer:
         """Weight through its pair; scales: (output channels,), or (output channels / group,) of ConvTranspose."""
         axis = CHANNEL_AXES[node.op_type]
         weight = numpy_helper.to_array(self.weights[node.input[1]]).astype(np.float32)
-        amax = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
-        # A channel without weights quantizes to zeros at any scale, and TensorRT refuses a scale of 0.
-        scale = self._scales(np.where(amax > 0, amax, 127.0).astype(np.float32) / np.float32(127))
+        scale = weight_scales(weight, axis, self.dtype)
         return self._pair(node.input[1], f"{node.name}.weight" if node.name else node.input[1], scale, axis=axis)
-
-    def _scales(self, scale: NDArray[Any]) -> NDArray[Any]:
-        """Scales in the graph's type: never 0, and rounded up where FP16 has few digits left (below 6e-5)."""
-        info = np.finfo(self.dtype)
-        with np.errstate(over="ignore"):
-            rounded = scale.astype(self.dtype)
-        up = np.nextafter(rounded, self.dtype.type(np.inf))
-        rounded = np.where((scale < info.smallest_normal) & (rounded < scale), up, rounded)
-        least = info.smallest_subnormal if self.dtype == np.float16 else info.smallest_normal
-        return np.asarray(np.maximum(rounded, least), self.dtype)
 
     def _pair(self, source: str, stem: str, scale: NDArray[Any], axis: int | None) -> str:
         scale_name, zero_name = unique(f"{stem}.scale", self.taken), unique(f"{stem}.zero_point", self.taken)

@@ -25,15 +25,17 @@ from pipeline.artifacts import (
 from pipeline.backends.base import BuildRequest, Capabilities, RouteName
 from pipeline.backends.options import recorded
 from pipeline.backends.registry import resolve
+from pipeline.backends.unet_definition import Quantization, UNetDefinition
 from pipeline.calibration.table import CalibrationTable, check_table, renamed, some
-from pipeline.config import Axis, EngineConfig, Precision, ProfileRange
+from pipeline.config import Axis, EngineConfig, NetworkConfig, Precision, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.graph.fit import axis_sizes
 from pipeline.graph.half import to_half
 from pipeline.graph.io import load_model, model_inputs, save_model, sha256_model
-from pipeline.graph.placement import activation_tensors, implicit_ranges, quantizable_tensors
+from pipeline.graph.placement import activation_tensors, implicit_ranges, quantizable_tensors, shared_ranges, sites
 from pipeline.graph.promises import read_raw_names
 from pipeline.graph.quantize import quantize
+from pipeline.unet import load_unet
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def build_engine(
     card: ModelCard | None,
     folder: Path,
     timing_cache: Path | None,
+    network: NetworkConfig | None = None,
 ) -> EngineManifest | None:
     """Build one engine into a folder: ``model.engine``, ``manifest.json`` and, on the explicit route, ``model.onnx``.
 
@@ -63,6 +66,7 @@ def build_engine(
         card: goes into the manifest.
         folder: made where missing; what lies there under these names is replaced.
         timing_cache: file to read and update; None, or ``config.timing_cache`` off, to build without.
+        network: whose weights ``config.source`` network-api defines the engine from; ``clean`` is of the same network.
 
     Returns:
         The manifest as written; None with backend onnxruntime, which has no engines: only the typed graph is written.
@@ -99,6 +103,11 @@ def build_engine(
         save_model(_typed(model, precision, config, table, known), source)
     if builder is None:
         return None
+    definition = None
+    if config.source == "network-api":
+        definition = _definition(network, model, precision, config, table, route, known)
+        if route == "explicit":
+            notes.append(f"{TYPED} is the ONNX twin of the network that was defined layer by layer")
     request = BuildRequest(
         model=source,
         precision=precision,
@@ -107,6 +116,7 @@ def build_engine(
         table=table if route == "implicit" and precision == "int8" else None,
         profiles=profiles,
         timing_cache=timing_cache if config.timing_cache else None,
+        define=definition,
     )
     log.info("building the %s engine with %s %s, %s route", precision, builder.name, known.version, route)
     result = builder.build(request)
@@ -302,6 +312,33 @@ def _typed(
         raise CalibrationError("INT8 needs a calibration table", fix="calibrate first")
     # Without strong typing it is the FP16 flag that lets TensorRT choose the types of what stays unquantized.
     return quantize(model, table, half=known.strongly_typed, exclude=config.exclude, qdq=config.qdq)
+
+
+def _definition(
+    network: NetworkConfig | None,
+    model: onnx.ModelProto,
+    precision: Precision,
+    config: EngineConfig,
+    table: CalibrationTable | None,
+    route: RouteName,
+    known: Capabilities,
+) -> UNetDefinition:
+    """The network of ``source: network-api``, in the types that the ONNX route has; flags do the rest.
+
+    Raises:
+        ConfigError: no network, or another than the built-in UNet.
+        ModelError: its weights cannot be read.
+    """
+    if network is None:
+        raise ConfigError(
+            "engine.source: network-api needs the network's weights", fix="use -c CONFIG, or engine.source: onnx"
+        )
+    quantization = None
+    if precision == "int8" and route == "explicit" and table is not None:
+        ranges = shared_ranges(model, table, config.exclude) if config.qdq == "shared" else table
+        quantization = Quantization(ranges, sites(model, config.exclude, config.qdq))
+    half = precision != "fp32" and route == "explicit" and known.strongly_typed
+    return UNetDefinition(load_unet(network), model, half=half, fold=precision == "int8", quantization=quantization)
 
 
 def _layout(spec: TensorSpec) -> dict[Axis, int]:

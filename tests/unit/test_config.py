@@ -24,7 +24,7 @@ def test_shipped_configs_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISBI_ROOT", "/data/isbi")
     monkeypatch.setenv("CAMVID_ROOT", "/data/camvid")
     names = {load_config(path).name for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert {"cells", "isbi", "camvid"} <= names
+    assert {"cells", "isbi", "camvid", "wts"} <= names
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
