@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -61,6 +63,7 @@ class EngineRunner:
         self._buffers: dict[str, cuda.DeviceBuffer] = {}
         self._bound: tuple[tuple[int, ...], ...] | None = None
         self._device = cuda.current_device()
+        self._axes, self._host_code = axes or {}, host_code
         with collected(trt) as messages:
             self._runtime, self._engine, self._context = self._load(plan, host_code)
         if self._context is None:
@@ -70,7 +73,7 @@ class EngineRunner:
                 f"({self._device.name}, compute capability {self._device.compute_capability}): {reasons}",
                 fix="build it again on this machine with this TensorRT",
             )
-        self.inputs, self.outputs = self._specs(axes or {})
+        self.inputs, self.outputs = self._specs(self._axes)
         self.profiles = {
             spec.name: Profile(*(tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, 0)))
             for spec in self.inputs
@@ -88,10 +91,7 @@ class EngineRunner:
         self._prepare(feeds)
         held = self._upload(feeds)
         self.enqueue()
-        results = {
-            spec.name: np.empty(tuple(self._context.get_tensor_shape(spec.name)), np.dtype(spec.dtype))
-            for spec in self.outputs
-        }
+        results = {spec.name: np.empty(self.shape(spec.name), np.dtype(spec.dtype)) for spec in self.outputs}
         for name, array in results.items():
             self._buffers[name].download(array, self._stream)
         self._stream.synchronize()
@@ -103,6 +103,26 @@ class EngineRunner:
         """The one that inferences run on."""
         return self._stream
 
+    def twin(self) -> EngineRunner:
+        """Another runner, whose inferences run beside this one's: with a context, a stream and memory of its own.
+
+        They share the engine, but for free sizes: contexts of one engine cannot have one profile at the same time
+        before TensorRT 10.
+
+        Raises:
+            EngineError: out of GPU memory.
+        """
+        if self._context is None:
+            raise ValueError("the runner is closed")
+        if self.profiles:
+            plan = bytes(self._engine.serialize())
+            return EngineRunner(self.trt, plan, axes=self._axes, host_code=self._host_code)
+        twin = copy.copy(self)
+        twin._buffers = {}
+        twin._renew_context()
+        twin._stream = cuda.Stream()
+        return twin
+
     def bind(self, feeds: Arrays) -> dict[str, cuda.DeviceBuffer]:
         """The GPU memory of every input and output, for feeds of these shapes; it belongs to the runner.
 
@@ -113,6 +133,10 @@ class EngineRunner:
         """
         self._prepare(feeds)
         return dict(self._buffers)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an input or output, for the feeds bound last."""
+        return tuple(self._context.get_tensor_shape(name))
 
     def enqueue(self) -> None:
         """Start one inference on what the inputs' memory holds.
@@ -127,6 +151,24 @@ class EngineRunner:
                 f"the engine failed to run: {'; '.join(errors_of(messages)) or 'TensorRT gave no reason'}",
                 fix="free GPU memory, or build the engine again on this machine",
             )
+
+    def capture(self, enqueue: Callable[[], None]) -> cuda.Graph | None:
+        """What a function enqueues on ``stream``, this runner's inferences among it, as a CUDA graph; it does not run.
+
+        There has to have been an inference of the bound shapes, and the graph is good until others are bound. None
+        where the engine cannot be captured.
+        """
+        capturable = getattr(self._context, "is_stream_capturable", None)
+        if capturable is not None and not capturable(int(self._stream)):
+            return None
+        try:
+            with cuda.capture(self._stream) as graphs:
+                enqueue()
+        except PipelineError as error:
+            log.info("going on without a CUDA graph: %s", error.problem)
+            self._stream.synchronize()
+            return None
+        return graphs[0]
 
     def device_milliseconds(self, feeds: Arrays, seconds: float, warmup_seconds: float) -> NDArray[np.float64]:
         """GPU time of each inference, by CUDA events around it; no copies are timed.
@@ -146,7 +188,7 @@ class EngineRunner:
         self.enqueue()  # TensorRT finishes its set-up at the first execution, which cannot be captured
         self._stream.synchronize()
         del held
-        graph = self._capture()
+        graph = self.capture(self.enqueue)
         self.captured = graph is not None
         events: list[tuple[cuda.Event, cuda.Event]] = []
         times: list[float] = []
@@ -361,19 +403,6 @@ class EngineRunner:
         for spec, array in zip(self.inputs, held, strict=True):
             self._buffers[spec.name].upload(array, self._stream)
         return held
-
-    def _capture(self) -> cuda.Graph | None:
-        capturable = getattr(self._context, "is_stream_capturable", None)
-        if capturable is not None and not capturable(int(self._stream)):
-            return None
-        try:
-            with cuda.capture(self._stream) as graphs:
-                self.enqueue()
-        except PipelineError as error:
-            log.info("timing without a CUDA graph: %s", error.problem)
-            self._stream.synchronize()
-            return None
-        return graphs[0]
 
     def _launch(self, graph: cuda.Graph | None) -> None:
         if graph is not None:

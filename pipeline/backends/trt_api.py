@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ LEVELS = {
     "INTERNAL_ERROR": logging.ERROR,
 }
 _loggers: dict[str, tensorrt.ILogger] = {}
+_collecting = threading.RLock()
 
 
 def logger(trt: Api) -> Any:
@@ -48,13 +50,15 @@ def collected(trt: Api) -> Iterator[list[str]]:
     """Within the block TensorRT's errors and warnings land in the list, as "E: …" or "W: …", errors nowhere else.
 
     Whoever collects them raises them or keeps them as notes; TensorRT also reports as errors what it recovers from.
+    One thread collects at a time, and others wait: TensorRT does not say whose call a message belongs to.
     """
-    bridge = logger(trt)
-    outer, bridge.messages = bridge.messages, []
-    try:
-        yield bridge.messages
-    finally:
-        bridge.messages = outer
+    with _collecting:
+        bridge = logger(trt)
+        outer, bridge.messages = bridge.messages, []
+        try:
+            yield bridge.messages
+        finally:
+            bridge.messages = outer
 
 
 def errors_of(messages: list[str]) -> list[str]:

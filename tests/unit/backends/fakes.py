@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipeline.artifacts import Device
 from pipeline.backends import cuda
+from pipeline.backends.trt_api import DTYPES
 from pipeline.errors import EngineError
 
 DEVICE = Device("Fake GPU", "8.6", "550.1")
@@ -25,7 +30,7 @@ class FakeCuda:
         self.calls: Counter[str] = Counter()
         self.live: dict[int, Any] = {}
         self.clock = 0.0
-        self.capturing = False
+        self.own = threading.local()  # a capture is a thread's own
         self.refuse_capture = False
         self.memory_left = 1 << 30
 
@@ -60,8 +65,19 @@ class FakeCuda:
     def cudaFreeHost(self, address: int) -> None:
         self.cudaFree(address)
 
+    @property
+    def capturing(self) -> bool:
+        return getattr(self.own, "capturing", False)
+
+    def run(self, work: Callable[[], Any]) -> None:
+        """At once, or whenever the graph that is being captured is launched."""
+        if self.capturing:
+            self.own.captured.append(work)
+        else:
+            work()
+
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: Any) -> None:
-        ctypes.memmove(target, source, size)
+        self.run(lambda: ctypes.memmove(target, source, size))
 
     def cudaEventCreate(self) -> SimpleNamespace:
         return SimpleNamespace(time=0.0)
@@ -73,16 +89,21 @@ class FakeCuda:
         return end.time - start.time
 
     def cudaStreamBeginCapture(self, stream: Any, mode: int) -> None:
-        self.capturing = True
+        self.own.capturing, self.own.captured = True, []
 
-    def cudaStreamEndCapture(self, stream: Any) -> int:
-        self.capturing = False
+    def cudaStreamEndCapture(self, stream: Any) -> list[Callable[[], Any]]:
+        self.own.capturing = False
         if self.refuse_capture:
             raise EngineError("CUDA failed: cudaStreamEndCapture returned cudaErrorStreamCaptureInvalidated")
-        return 8
+        return self.own.captured
+
+    def cudaGraphInstantiate(self, captured: Any, flags: int) -> Any:
+        return captured
 
     def cudaGraphLaunch(self, executable: Any, stream: Any) -> None:
         self.clock += 2.0
+        for work in executable:
+            work()
 
 
 class Mode(Enum):
@@ -90,23 +111,38 @@ class Mode(Enum):
     OUTPUT = 1
 
 
-class FakeContext:
-    """Doubles ``x`` (n, 2), n from 1 to 4, into ``y``."""
+@dataclass(frozen=True)
+class Network:
+    """What an engine computes: of ``x``, whose free sizes are -1, ``y``; both of one dtype."""
 
-    def __init__(self, gpu: FakeCuda) -> None:
+    shape: tuple[int, ...]
+    output: Callable[[tuple[int, ...]], tuple[int, ...]]
+    compute: Callable[[NDArray[Any]], NDArray[Any]]
+    kind: str = "FLOAT"
+    profile: tuple[tuple[int, ...], ...] = ()
+
+
+DOUBLING = Network((-1, 2), lambda shape: shape, lambda x: 2 * x, profile=((1, 2), (2, 2), (4, 2)))
+
+
+class FakeContext:
+    """Runs a network."""
+
+    def __init__(self, gpu: FakeCuda, network: Network, created: int) -> None:
         self.gpu = gpu
+        self.network = network
         self.addresses: dict[str, int] = {}
-        self.shape: tuple[int, ...] = (-1, 2)
+        self.shape = network.shape
         self.fails = False
         self.profiler: Any = None
-        self.created = 0
+        self.created = created
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = shape
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.shape
+        return self.shape if name == "x" else self.network.output(self.shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -115,21 +151,26 @@ class FakeContext:
     def execute_async_v3(self, stream: int) -> bool:
         if self.fails:
             return False
+        self.gpu.run(self._compute)
         if not self.gpu.capturing:
             self.gpu.clock += 3.0
-            count = int(np.prod(self.shape))
-            source = (ctypes.c_float * count).from_address(self.addresses["x"])
-            target = (ctypes.c_float * count).from_address(self.addresses["y"])
-            target[:] = [2 * value for value in source]
             if self.profiler is not None:
                 self.profiler.report_layer_time("double\x1e + relu", 2.0)
                 self.profiler.report_layer_time("copy", 0.5)
         return True
 
+    def _compute(self) -> None:
+        dtype = np.dtype(DTYPES[self.network.kind])
+        size = int(np.prod(self.shape)) * dtype.itemsize
+        x = np.frombuffer(ctypes.string_at(self.addresses["x"], size), dtype).reshape(self.shape)
+        with np.errstate(over="ignore"):
+            y = np.ascontiguousarray(self.network.compute(x), dtype)
+        assert y.shape == self.network.output(self.shape)
+        ctypes.memmove(self.addresses["y"], y.ctypes.data, y.nbytes)
 
-def fake_trt(gpu: FakeCuda, *, loads: bool = True) -> Any:
-    """The API module of a library whose every engine is the doubling one."""
-    context = FakeContext(gpu)
+
+def fake_trt(gpu: FakeCuda, network: Network = DOUBLING, *, loads: bool = True) -> Any:
+    """The API module of a library whose every engine is the one network; ``context`` is the one made last."""
 
     class ILogger:
         VERBOSE, INFO, WARNING, ERROR, INTERNAL_ERROR = range(5)
@@ -138,20 +179,19 @@ def fake_trt(gpu: FakeCuda, *, loads: bool = True) -> Any:
         pass
 
     def create_context() -> FakeContext:
-        context.profiler = None
-        context.addresses.clear()
-        context.created += 1
-        return context
+        api.context = FakeContext(gpu, network, api.context.created + 1 if api.context else 1)
+        return api.context
 
     engine = SimpleNamespace(
         num_io_tensors=2,
         get_tensor_name=lambda index: "xy"[index],
-        get_tensor_dtype=lambda name: SimpleNamespace(name="FLOAT"),
+        get_tensor_dtype=lambda name: SimpleNamespace(name=network.kind),
         get_tensor_location=lambda name: "DEVICE",
-        get_tensor_shape=lambda name: (-1, 2),
+        get_tensor_shape=lambda name: network.shape if name == "x" else network.output(network.shape),
         get_tensor_mode=lambda name: Mode.INPUT if name == "x" else Mode.OUTPUT,
-        get_tensor_profile_shape=lambda name, index: [(1, 2), (2, 2), (4, 2)],
+        get_tensor_profile_shape=lambda name, index: list(network.profile),
         create_execution_context=create_context,
+        serialize=lambda: b"plan",
         create_engine_inspector=lambda: SimpleNamespace(
             get_engine_information=lambda kind: '{"Layers": ["double\x1e + relu", "copy"]}'
         ),
@@ -164,7 +204,7 @@ def fake_trt(gpu: FakeCuda, *, loads: bool = True) -> Any:
         LayerInformationFormat=SimpleNamespace(JSON="JSON"),
         TensorLocation=SimpleNamespace(DEVICE="DEVICE"),
         TensorIOMode=Mode,
-        context=context,
+        context=None,
     )
 
     def deserialize(plan: bytes) -> Any:

@@ -1,6 +1,8 @@
 """TensorRT's log in Python's, version numbers and shapes."""
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +49,24 @@ def test_collected_errors_are_the_collectors(trt, caplog):
     assert errors_of(inner) == ["bad"]
     assert errors_of(outer) == ["later"]
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == ["odd"]
+
+
+def test_threads_collect_their_own_messages(trt):
+    entered = threading.Event()
+
+    def collect():
+        with collected(trt) as messages:
+            entered.set()
+            logger(trt).log(ILogger.ERROR, "theirs")
+        return messages
+
+    with ThreadPoolExecutor(1) as pool:
+        with collected(trt) as mine:
+            theirs = pool.submit(collect)
+            assert not entered.wait(0.1)
+            logger(trt).log(ILogger.ERROR, "mine")
+        assert theirs.result(10) == ["E: theirs"]
+    assert mine == ["E: mine"]
 
 
 def test_an_unknown_severity_is_survived(trt):
