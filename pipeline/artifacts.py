@@ -71,7 +71,8 @@ class ModelCard:
 class EngineManifest:
     """Beside every engine, and checked before the engine is loaded.
 
-    ``options`` are the build options that it was built with, by their names in the configuration's ``engine``.
+    ``options`` are the build options that it was built with, by their names in the configuration's ``engine``;
+    ``multiples`` and ``aligns_corners`` what the graph says of the sizes to feed, as in ``pipeline.opening.Facts``.
     """
 
     engine_sha256: str
@@ -92,6 +93,8 @@ class EngineManifest:
     created: str
     notes: tuple[str, ...] = ()
     options: dict[str, bool | int | str] = field(default_factory=dict)
+    multiples: dict[str, int] = field(default_factory=dict)
+    aligns_corners: bool = False
     schema_version: int = field(default=SCHEMA_VERSION)
 
 
@@ -156,8 +159,11 @@ def from_json(kind: type[T], path: Path) -> T:
     return value
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write beside the target, fsync, replace: readers see the old file or the whole new one.
+
+    Args:
+        durable: fsync, which takes milliseconds; without it, that holds unless the machine itself breaks down.
 
     Raises:
         BuildFolderError: the folder is missing, unwritable or full; the target is as it was.
@@ -166,8 +172,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with partial.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -294,5 +301,5 @@ def _unwritable(path: Path, error: OSError) -> BuildFolderError:
     return BuildFolderError(
         f"cannot write {path}: {error.strerror or error}",
         expected="a writable folder with space left",
-        fix="choose another with --build-dir (BUILD=), or free space",
+        fix="choose another with -o or --build-dir (BUILD=), or free space",
     )

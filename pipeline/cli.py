@@ -488,19 +488,40 @@ def convert_weights(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="MODEL.engine or MODEL.onnx.")],
-    inputs: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for masks and overlays.")],
+    inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs, frame_%04d.png, TIFF stacks, videos.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for masks, overlays, predictions.jsonl.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a broken run: leave out what is done.")] = False,
+    probabilities: Annotated[
+        Literal["png", "npy"] | None, typer.Option(help="Write them too: 16-bit png, one a class, or float32 npy.")
+    ] = None,
+    overlays: Annotated[bool, typer.Option("--overlays/--no-overlays", help="Write colour overlays.")] = True,
+    batch: Annotated[int | None, typer.Option(help="Images that are fed at once, where the model allows.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Longest side that a model of free sizes is fed, in pixels.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Pixels that neighbouring tiles share.")] = None,
+    streams: Annotated[int | None, typer.Option(help="Batches that an engine works on at a time.")] = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", help="ONNX file or manifest that says preprocessing and classes.")
+    ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load an engine without its manifest's approval.")] = False,
 ) -> None:
     """Images in, masks out."""
-    from pipeline.opening import open_model
+    from pipeline.artifacts import sha256_file
+    from pipeline.errors import DataError
+    from pipeline.predictor import Predictor
+    from pipeline.stages.predict import Wanted
     from pipeline.stages.predict import predict as predict_images
 
-    runner, card = open_model(model, trust=trust)
-    with runner:
-        count = predict_images(runner, _present(card, model), inputs, output, overwrite=overwrite)
-    print(f"{count} mask(s) in {output}")
+    wanted = Wanted(output, overwrite, resume, overlays, probabilities)
+    with Predictor(model, card, trust=trust, batch=batch, tile=tile, overlap=overlap, streams=streams) as predictor:
+        outcome = predict_images(predictor, sha256_file(model), inputs, wanted)
+    earlier = f", {outcome.already} done before" if outcome.already else ""
+    print(f"{outcome.done} mask(s) in {output}{earlier}")
+    if outcome.failed:
+        raise DataError(
+            f"{outcome.failed} image(s) could not be read, the first: {outcome.first_failure}",
+            fix="see the lines with an error in predictions.jsonl; --resume tries them again",
+        )
 
 
 @app.command()
@@ -580,21 +601,9 @@ def _section(model: Any, values: dict[str, Any]) -> Any:
 
 
 def _card_of(model: Path) -> Any:
-    from pipeline.graph.io import load_model, read_card
+    from pipeline.opening import read_facts, required_card
 
-    return _present(read_card(load_model(model)), model)
-
-
-def _present(card: Any, model: Path) -> Any:
-    from pipeline.errors import ModelError
-
-    if card is None:
-        raise ModelError(
-            f"{model} does not say how images are preprocessed",
-            expected="the metadata that `unet-trt export` writes",
-            fix="name the file as network.onnx in a configuration, and use the exported model.onnx",
-        )
-    return card
+    return required_card(read_facts(model).card, model)
 
 
 def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None, output: Path, json: bool) -> None:

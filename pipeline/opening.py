@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -12,12 +14,54 @@ from pipeline.backends.base import Runner
 from pipeline.backends.onnxruntime import emulate
 from pipeline.config import Precision
 from pipeline.engines import load_engine, read_manifest
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, ModelError
 from pipeline.graph.io import load_model, read_card
+from pipeline.graph.promises import read_multiples
+from pipeline.graph.resampling import aligns_corners
 from pipeline.reports import Candidate
 
 
-def open_model(path: Path, *, trust: bool = False) -> tuple[Runner, ModelCard | None]:
+@dataclass(frozen=True)
+class Facts:
+    """What a model file says of itself beside its inputs and outputs; the defaults where it says nothing.
+
+    Attributes:
+        card: preprocessing and classes.
+        multiples: axis name, or its role (height, width), to the number that its sizes have to be multiples of.
+        aligns_corners: whether it upsamples with align_corners, so that what it sees depends on the size it is fed.
+    """
+
+    card: ModelCard | None = None
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    aligns_corners: bool = False
+
+
+def read_facts(path: Path) -> Facts:
+    """What an ``.onnx`` file, an engine with its manifest, or a manifest says.
+
+    Raises:
+        ModelError: the ONNX file is missing or damaged.
+        EngineError: the manifest is.
+    """
+    if path.suffix == ".onnx":
+        model = load_model(path)
+        return Facts(read_card(model), read_multiples(model), aligns_corners(model))
+    manifest = read_manifest(path)
+    return Facts(manifest.card, manifest.multiples, manifest.aligns_corners)
+
+
+def required_card(card: ModelCard | None, model: object) -> ModelCard:
+    """The card; raises ModelError where the model has none."""
+    if card is None:
+        raise ModelError(
+            f"{model} does not say how images are preprocessed",
+            expected="the metadata that `unet-trt export` writes",
+            fix="use the model.onnx that it exported; `unet-trt predict` takes that beside another model, with --card",
+        )
+    return card
+
+
+def open_model(path: Path, *, trust: bool = False) -> tuple[Runner, Facts]:
     """Load an ``.onnx`` file on ONNX Runtime, or an engine after its manifest check.
 
     Args:
@@ -27,12 +71,12 @@ def open_model(path: Path, *, trust: bool = False) -> tuple[Runner, ModelCard | 
         ModelError, EngineError, UnsupportedError: as the two loaders.
     """
     if path.suffix == ".onnx":
-        return emulate(path), read_card(load_model(path))
+        return emulate(path), read_facts(path)
     runner = load_engine(path, trust=trust)
     try:
-        return runner, read_manifest(path).card
-    except EngineError:
-        return runner, None
+        return runner, read_facts(path)
+    except EngineError:  # which load_engine has let pass
+        return runner, Facts()
 
 
 def describe_candidate(path: Path) -> Candidate:

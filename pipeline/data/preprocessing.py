@@ -15,26 +15,43 @@ from pipeline.errors import DataError, ModelError
 from pipeline.metrics.outputs import strongest_class
 
 Pixels = NDArray[np.uint8]
+# What Pillow raises on files that it cannot decode.
+UNDECODABLE = (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def read_image(path: Path, channels: str) -> Pixels:
+def read_image(path: Path, channels: str, page: int = 0) -> Pixels:
     """An image file as uint8 (H, W, C): grey, rgb or bgr; EXIF rotation applied, 16-bit grey scaled to 8 bits.
+
+    Args:
+        page: of a file that holds several.
 
     Raises:
         DataError: the file is missing, no image, truncated, or holds floating-point values.
     """
-    with _opened(path) as image:
-        if image.mode == "F":
-            raise DataError(
-                f"the image {path} holds floating-point values",
-                expected="8 or 16 bits a channel",
-                got="mode F, whose range no file states",
-                fix="convert it to an 8-bit image",
-            )
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        pixels = np.asarray(image.convert("L" if channels == "grey" else "RGB"))
+    with OpenedImage(path, page) as image:
+        return as_pixels(ImageOps.exif_transpose(image), channels, str(path))
+
+
+def as_pixels(image: Image.Image, channels: str, name: str) -> Pixels:
+    """A decoded image as uint8 (H, W, C): grey, rgb or bgr; transparency dropped, 16-bit grey scaled to 8 bits.
+
+    Args:
+        name: of the image, for the message.
+
+    Raises:
+        DataError: it holds floating-point values.
+    """
+    if image.mode == "F":
+        raise DataError(
+            f"the image {name} holds floating-point values",
+            expected="8 or 16 bits a channel",
+            got="mode F, whose range no file states",
+            fix="convert it to an 8-bit image",
+        )
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    mode = "L" if channels == "grey" else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     pixels = pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
     return np.ascontiguousarray(pixels[..., ::-1]) if channels == "bgr" else pixels
 
@@ -45,7 +62,7 @@ def read_label(path: Path) -> Pixels:
     Raises:
         DataError: the file is missing, no image, truncated, or has more than one channel.
     """
-    with _opened(path) as image:
+    with OpenedImage(path) as image:
         if image.mode not in ("L", "P", "1"):
             raise DataError(
                 f"the label map {path} has colours instead of class ids",
@@ -56,21 +73,24 @@ def read_label(path: Path) -> Pixels:
         return np.array(image, dtype=np.uint8)
 
 
-class _opened:
-    """``with`` a fully decoded image; Pillow's errors become DataError."""
+class OpenedImage:
+    """``with`` a fully decoded image, or a page of a file that holds several; Pillow's errors become DataError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, page: int = 0) -> None:
         self.path = path
+        self.page = page
 
     def __enter__(self) -> Image.Image:
         try:
             with ExitStack() as opened:
                 self.image = opened.enter_context(Image.open(self.path))
+                if self.page:
+                    self.image.seek(self.page)
                 self.image.load()
                 opened.pop_all()
         except FileNotFoundError as error:
             raise DataError(f"the image {self.path} does not exist", fix="check the path") from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNDECODABLE as error:
             raise DataError(
                 f"the image {self.path} cannot be decoded: {error}",
                 expected="a complete image file",
@@ -125,13 +145,18 @@ def coefficients(spec: PreprocessingConfig) -> tuple[NDArray[np.float32], NDArra
     return (spec.scale / std).astype(np.float32), (0 - mean / std).astype(np.float32)
 
 
-def normalise(image: Pixels, spec: PreprocessingConfig) -> NDArray[np.float32]:
-    """uint8 (H, W, C) to float32 (C, H, W): ``(x * scale - mean) / std``, bit for bit as graphs that take images."""
-    factor, offset = coefficients(spec)
-    x = image.astype(np.float32)
-    x *= factor
+def normalise(image: Pixels, spec: PreprocessingConfig, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """uint8 (H, W, C) to float32 (C, H, W): ``(x * scale - mean) / std``, bit for bit as graphs that take images.
+
+    Args:
+        out: where to write it, of that shape; default: new, C-contiguous memory.
+    """
+    factor, offset = (values[:, np.newaxis, np.newaxis] for values in coefficients(spec))
+    height, width, channels = image.shape
+    x = np.empty((channels, height, width), np.float32) if out is None else out
+    np.multiply(image.transpose(2, 0, 1), factor, out=x)
     x += offset
-    return np.ascontiguousarray(x.transpose(2, 0, 1))
+    return x
 
 
 def preprocess(image: Pixels, spec: PreprocessingConfig) -> NDArray[np.float32]:
@@ -156,10 +181,34 @@ def class_ids(output: NDArray[Any], classes: int) -> NDArray[np.integer]:
     return mask
 
 
-def restore_mask(mask: NDArray[np.integer], spec: PreprocessingConfig, height: int, width: int) -> Pixels:
-    """A mask of the network (H, W) back at the image's height and width: padding cut, nearest resize."""
+def class_probabilities(scores: NDArray[Any]) -> NDArray[np.float32]:
+    """Softmax over the first axis: float32 (classes, ...) of logits (classes, ...)."""
+    powers = scores.astype(np.float32)
+    powers -= powers.max(0)
+    np.exp(powers, out=powers)
+    powers /= powers.sum(0)
+    return powers
+
+
+def restore_planes(
+    planes: NDArray[np.float32], spec: PreprocessingConfig, height: int, width: int
+) -> NDArray[np.float32]:
+    """Planes of the network, float32 (N, H, W), back at the image's height and width: padding cut, bilinear resize."""
     top, left, inner_height, inner_width = _placement(spec, height, width)
-    inner = np.ascontiguousarray(mask[top : top + inner_height, left : left + inner_width].astype(np.uint8))
+    inner = planes[:, top : top + inner_height, left : left + inner_width]
+    if inner.shape[1:] == (height, width):
+        return inner
+    size = (width, height)
+    return np.stack([np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR)) for plane in inner])
+
+
+def restore_mask(mask: NDArray[np.integer], spec: PreprocessingConfig, height: int, width: int) -> Pixels:
+    """A mask of the network (H, W) back at the image's height and width: padding cut, nearest resize.
+
+    The result may share the mask's memory.
+    """
+    top, left, inner_height, inner_width = _placement(spec, height, width)
+    inner = np.ascontiguousarray(mask[top : top + inner_height, left : left + inner_width], np.uint8)
     if inner.shape == (height, width):
         return inner
     return np.asarray(Image.fromarray(inner).resize((width, height), Image.Resampling.NEAREST))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from pipeline.errors import UnsupportedError
 from pipeline.graph.base import constant_value, input_at
@@ -53,6 +53,16 @@ class Axis:
     def target(self) -> dict[str, Any]:
         """Keywords that ask ``resize`` for this axis."""
         return {"scale": self.scale} if self.scale is not None else {"size": self.size}
+
+
+def aligns_corners(model: ModelProto) -> bool:
+    """Whether a Resize ties its samples to the image's corners, so that a part of it gives no part of the result."""
+    return any(
+        attribute.name == "coordinate_transformation_mode" and attribute.s == b"align_corners"
+        for node in model.graph.node
+        if node.op_type == "Resize"
+        for attribute in node.attribute
+    )
 
 
 def setting(node: gs.Node, name: str) -> Any:

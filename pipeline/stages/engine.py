@@ -33,8 +33,9 @@ from pipeline.graph.fit import axis_sizes
 from pipeline.graph.half import to_half
 from pipeline.graph.io import load_model, model_inputs, save_model, sha256_model
 from pipeline.graph.placement import activation_tensors, implicit_ranges, quantizable_tensors, shared_ranges, sites
-from pipeline.graph.promises import read_raw_names
+from pipeline.graph.promises import read_multiples, read_raw_names
 from pipeline.graph.quantize import quantize
+from pipeline.graph.resampling import aligns_corners
 from pipeline.unet import load_unet
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,8 @@ def build_engine(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         notes=(*notes, *result.notes, f"built on {platform.system()} {platform.machine()}"),
         options=recorded(config),
+        multiples=read_multiples(model),
+        aligns_corners=aligns_corners(model),
     )
     write_atomically(folder / ENGINE, result.plan)
     write_atomically(folder / MANIFEST, to_json(manifest))

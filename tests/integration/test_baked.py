@@ -19,8 +19,8 @@ from pipeline.config import ClassConfig, PreprocessingConfig, Tolerance, Validat
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.engines import read_manifest
 from pipeline.errors import ModelError
+from pipeline.predictor import Predictor
 from pipeline.reports import Candidate, ValidationReport
-from pipeline.stages.predict import predict_mask
 from pipeline.stages.validate import validate
 from tests.conftest import Project, Result, write_images
 
@@ -219,13 +219,13 @@ def test_probabilities_have_their_own_default_bounds(tmp_path: Path) -> None:
 def test_models_that_take_images_get_them_as_they_are() -> None:
     model = Giving("labels", MASK)
     image = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
-    np.testing.assert_array_equal(predict_mask(model, image, CARD), MASK[0])
+    np.testing.assert_array_equal(Predictor(model, CARD)(image), MASK[0])
     np.testing.assert_array_equal(model.fed, image[np.newaxis])
 
 
 def test_labels_that_are_no_class_are_refused() -> None:
     with pytest.raises(ModelError, match="gives class 2, and its card names 2 classes"):
-        predict_mask(Giving("labels", MASK * 2), np.zeros((4, 4, 1), np.uint8), CARD)
+        Predictor(Giving("labels", MASK * 2), CARD)(np.zeros((4, 4, 1), np.uint8))
 
 
 def test_a_baked_graph_is_no_network_to_export(project: Project, unet_trt: Command) -> None:

@@ -210,7 +210,7 @@ def test_predict_writes_masks_and_never_overwrites(project: Project, unet_trt: C
     val = project.root / "data" / "val" / "images"
     result = unet_trt("predict", model, val, "-o", "masks")
     assert result.code == 0, result
-    lines = [json.loads(line) for line in (work / "masks" / "predictions.json").read_text().splitlines()]
+    lines = [json.loads(line) for line in (work / "masks" / "predictions.jsonl").read_text().splitlines()]
     assert [Path(line["image"]).name for line in lines] == ["100.png", "101.png", "102.png"]
     assert all(abs(sum(line["area"].values()) - 1) < 1e-3 for line in lines)
     with Image.open(work / "masks" / "100.png") as mask:

@@ -13,7 +13,7 @@ from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, ProfileRange
 from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.graph.placement import implicit_ranges
-from pipeline.graph.promises import write_raw_names
+from pipeline.graph.promises import write_multiples, write_raw_names
 from pipeline.stages import engine
 from pipeline.stages.engine import build_engine, build_engine_file, make_profiles
 from tests.tiny_unet import images, observed_table, save, tiny_unet
@@ -119,6 +119,19 @@ def test_implicit_builds_the_clean_graph_with_the_table(use, clean, table, tmp_p
     assert manifest.onnx_sha256 == sha256_file(clean)
     assert (manifest.cache_sha256, manifest.route, manifest.timing_cache) == ("c" * 64, "implicit", "cold")
     assert "a note" in manifest.notes
+
+
+@pytest.mark.parametrize("coordinates", ["align_corners", "half_pixel"])
+def test_the_manifest_says_what_the_graph_says_of_sizes(use, tmp_path, coordinates):
+    use("implicit")
+    model = tiny_unet(size="free")
+    write_multiples(model, {"height": 8, "width": 4})
+    (resize,) = (node for node in model.graph.node if node.op_type == "Resize")
+    next(a for a in resize.attribute if a.name == "coordinate_transformation_mode").s = coordinates.encode()
+    clean = save(model, tmp_path / "clean.onnx")
+    manifest = run(clean, "fp32", None, tmp_path / "fp32", profile={"height": SIDE, "width": SIDE})
+    assert manifest.multiples == {"height": 8, "width": 4}
+    assert manifest.aligns_corners is (coordinates == "align_corners")
 
 
 @pytest.mark.parametrize(("typed", "scale"), [(True, "float16"), (False, "float32")])

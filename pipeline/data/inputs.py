@@ -1,0 +1,201 @@
+"""What a user names to predict on: images, folders, globs, numbered sequences, TIFF stacks and videos, one by one."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.data.dataset import IMAGE_ENDINGS
+from pipeline.data.pixels import Picture, open_picture
+from pipeline.data.preprocessing import UNDECODABLE
+from pipeline.data.videos import VIDEO_ENDINGS, frames
+from pipeline.errors import DataError
+
+# As decoding and encoding leave Python's lock to others for most of their time.
+THREADS = min(16, os.cpu_count() or 1)
+# Of pictures that are decoded ahead of their use; one that has more waits alone.
+MOST_PIXELS_AHEAD = 1 << 28
+STACK_ENDINGS = (".tif", ".tiff")
+NUMBERED = re.compile(r"%0?(\d*)d")
+MAGIC = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One picture to be.
+
+    Attributes:
+        name: what files made of it are called, without ending.
+        path: of the file that holds it.
+        load: decodes it; raises DataError where that fails.
+        pixels: that it will have; 0 where that cannot be told.
+        place: page of a stack or frame of a video, from 0.
+    """
+
+    name: str
+    path: Path
+    load: Callable[[], Picture]
+    pixels: int
+    place: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An input with its picture, or with what was wrong with it; ``seconds`` that decoding took."""
+
+    source: Input
+    picture: Picture | DataError
+    seconds: float
+
+
+def find_files(given: Sequence[str | Path], apart: Path) -> list[Path]:
+    """The files behind arguments: files, folders, globs and numbered sequences such as ``frame_%04d.png``, in order.
+
+    Folders are not searched below their own files, and neither they nor globs give files inside of ``apart``, where
+    masks are written to. A file that is named twice comes once.
+
+    Raises:
+        DataError: nothing is there, or a folder, glob or sequence has no image and no video.
+    """
+    found: dict[Path, Path] = {}
+    for one in given:
+        for path in _files_of(Path(one), apart):
+            found.setdefault(path.resolve(), path)
+    if not found:
+        raise DataError("there is no image to predict", expected="images or videos, or folders of them")
+    return list(found.values())
+
+
+def inputs_of(paths: Iterable[Path], channels: str) -> Iterator[Input]:
+    """The pictures in files, one after another: every page of a TIFF stack, every frame of a video.
+
+    Files are opened as their turn comes; one that cannot be gives an input whose ``load`` raises.
+
+    Args:
+        channels: grey, rgb or bgr, as the model takes them.
+    """
+    for path in paths:
+        if path.suffix.lower() in VIDEO_ENDINGS:
+            yield from _frames(path, channels)
+        else:
+            yield from _pages(path, channels)
+
+
+def decoded(inputs: Iterable[Input], threads: int = THREADS) -> Iterator[Decoded]:
+    """Inputs with their pictures, in order, decoded on threads ahead of their use.
+
+    Args:
+        threads: twice as many pictures wait at most, and fewer of large ones.
+    """
+    pool = ThreadPoolExecutor(threads, "decoding")
+    waiting: deque[tuple[int, Future[Decoded]]] = deque()
+    pixels = 0
+
+    def first() -> Decoded:
+        nonlocal pixels
+        size, future = waiting.popleft()
+        pixels -= size
+        return future.result()
+
+    try:
+        for one in inputs:
+            while len(waiting) >= 2 * threads or (waiting and pixels + one.pixels > MOST_PIXELS_AHEAD):
+                yield first()
+            waiting.append((one.pixels, pool.submit(_decode, one)))
+            pixels += one.pixels
+        while waiting:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode(source: Input) -> Decoded:
+    start = time.perf_counter()
+    try:
+        picture: Picture | DataError = source.load()
+    except DataError as error:
+        picture = error
+    except MemoryError:
+        picture = DataError(f"there is not enough memory for the image {source.path}", fix="cut it into pieces")
+    return Decoded(source, picture, time.perf_counter() - start)
+
+
+def _files_of(given: Path, apart: Path) -> list[Path]:
+    endings = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)
+    pattern = str(given)
+    if given.is_dir():
+        files, what = list(given.iterdir()), "folder"
+    elif given.exists():
+        return [given]
+    elif NUMBERED.search(given.name):
+        number = NUMBERED.search(given.name)
+        assert number is not None
+        width = int(number[1] or 0)
+        digits = rf"\d{{{width},}}" if width else r"\d+"
+        name = re.compile(re.escape(given.name[: number.start()]) + digits + re.escape(given.name[number.end() :]))
+        beside = given.parent.iterdir() if given.parent.is_dir() else ()
+        files, what = [path for path in beside if name.fullmatch(path.name)], "sequence"
+    elif MAGIC.search(pattern):
+        files, what = list(Path(given.anchor).glob(str(given.relative_to(given.anchor)))), "glob"
+    else:
+        raise DataError(f"the image {given} does not exist", fix="check the path")
+    inside = apart.resolve()
+    files = sorted(
+        path
+        for path in files
+        if path.suffix.lower() in endings
+        and not path.name.startswith(".")
+        and not path.is_dir()
+        and not (path.resolve().is_relative_to(inside) and given.resolve() != inside)
+    )
+    if not files:
+        raise DataError(f"the {what} {given} holds no image", expected=f"files ending in {', '.join(endings)}")
+    return files
+
+
+def _pages(path: Path, channels: str) -> Iterator[Input]:
+    count, pixels = _extent(path)
+    if count == 1:
+        yield Input(path.stem, path, partial(open_picture, path, channels), pixels)
+        return
+    for page in range(count):
+        load = partial(open_picture, path, channels, page)
+        yield Input(f"{path.stem}_{page:04d}", path, load, pixels, {"page": page})
+
+
+def _extent(path: Path) -> tuple[int, int]:
+    """Pages, and pixels of the first, as the header says; 1 and 0 of what cannot be read, which decoding says then."""
+    try:
+        with Image.open(path) as image:
+            is_stack = path.suffix.lower() in STACK_ENDINGS
+            return int(getattr(image, "n_frames", 1)) if is_stack else 1, image.width * image.height
+    except UNDECODABLE:
+        return 1, 0
+
+
+def _frames(path: Path, channels: str) -> Iterator[Input]:
+    count = 0
+    try:
+        for picture in frames(path, channels):
+            pixels = picture.height * picture.width
+            yield Input(f"{path.stem}_{count:06d}", path, partial(_same, picture), pixels, {"frame": count})
+            count += 1
+    except DataError as error:
+        yield Input(f"{path.stem}_{count:06d}", path, partial(_failing, error), 0, {"frame": count})
+
+
+def _same(picture: Picture) -> Picture:
+    return picture
+
+
+def _failing(error: DataError) -> Picture:
+    raise error
