@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pipeline.artifacts import write_atomically
+from pipeline.closing import Closing
 from pipeline.errors import BuildFolderError
 
 NAME = "predictions.jsonl"
 
 
-class Journal:
+class Journal(Closing):
     """The file with one line an image, written as images are finished; a context manager.
 
     Args:
@@ -60,14 +60,6 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _lines(self) -> list[dict[str, Any]]:
         """Lines of images that succeeded; a half one at the end of a broken run's file is none."""

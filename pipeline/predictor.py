@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import ModelCard, Profile, TensorSpec
 from pipeline.backends.base import Runner
 from pipeline.backends.lanes import Lane, Lanes
+from pipeline.closing import Closing
 from pipeline.data.pixels import Picture, picture_of_array
 from pipeline.data.preprocessing import (
     Pixels,
@@ -63,7 +63,7 @@ def _in_memory(_: int, shape: tuple[int, int, int]) -> Floats:
     return np.empty(shape, np.float32)
 
 
-class Predictor:
+class Predictor(Closing):
     """A model that is ready for images; a context manager, and safe to use from several threads.
 
     Images are preprocessed as in training, as the model's card says, and what comes out is of their own size again.
@@ -183,14 +183,6 @@ class Predictor:
         Calling it again does nothing.
         """
         self._lanes.close()
-
-    def __enter__(self) -> Predictor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------------ images
 

@@ -11,13 +11,13 @@ import ctypes
 import logging
 import math
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pipeline.artifacts import Device
+from pipeline.closing import Closing
 from pipeline.errors import EngineError, PipelineError, UnsupportedError
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Event:
             self.handle = None
 
 
-class DeviceBuffer:
+class DeviceBuffer(Closing):
     """``size`` bytes of GPU memory, freed by ``close``."""
 
     def __init__(self, size: int) -> None:
@@ -203,14 +203,6 @@ class DeviceBuffer:
         if self.address:
             _release("cudaFree", self.address)
             self.address = 0
-
-    def __enter__(self) -> DeviceBuffer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _fits(self, array: NDArray[Any]) -> None:
         if not array.flags.c_contiguous or array.nbytes > self.size:

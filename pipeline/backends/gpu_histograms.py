@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from pipeline.backends.ahead import Ahead
 from pipeline.backends.base import BuildRequest, check_feeds
 from pipeline.backends.runner import EngineRunner
 from pipeline.calibration.histogram import BINS, EXPONENT_OF_BINS, SMALLEST_EXPONENT, Histogram, merge_concatenated
+from pipeline.closing import Closing
 from pipeline.config import EngineConfig
 from pipeline.errors import CalibrationError, EngineError, ModelError, PipelineError, UnsupportedError
 from pipeline.graph.io import load_model, model_inputs, save_model
@@ -120,7 +120,7 @@ class DeviceTensor:
     size: int
 
 
-class DeviceHistograms:
+class DeviceHistograms(Closing):
     """Histograms of tensors, in GPU memory until ``results``; a context manager.
 
     Counts, ranges and results are those of ``Histogram`` for the same float32 values, in whatever order they come.
@@ -186,14 +186,6 @@ class DeviceHistograms:
     def close(self) -> None:
         """Free the GPU memory; the stream must have come to the end of what was enqueued."""
         self._held.close()
-
-    def __enter__(self) -> DeviceHistograms:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Slot:

@@ -9,10 +9,10 @@ import ctypes
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from pipeline.backends import cuda
+from pipeline.closing import Closing
 from pipeline.errors import EngineError, PipelineError, UnsupportedError
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def compile_source(source: str, name: str, capability: str, defines: Mapping[str
         _compiler("nvrtcDestroyProgram", program)
 
 
-class Module:
+class Module(Closing):
     """Loaded code; a context manager, unloaded by ``close``.
 
     Raises:
@@ -96,14 +96,6 @@ class Module:
             except PipelineError as error:  # raising it would hide the error that led here
                 log.warning("%s", error.problem)
             self._module = None
-
-    def __enter__(self) -> Module:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Kernel:

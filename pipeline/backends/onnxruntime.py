@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from onnx import TensorProto
 
 from pipeline.artifacts import TensorSpec
 from pipeline.backends.base import Arrays, Capabilities, check_feeds
+from pipeline.closing import Closing
 from pipeline.errors import ModelError
 from pipeline.graph.emulate import exactly_rounded, overflowing
 from pipeline.graph.io import load_model
@@ -43,7 +43,7 @@ def capabilities() -> Capabilities:
     )
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Closing):
     """An ONNX graph on ONNX Runtime's CPU provider.
 
     Q/DQ pairs are executed as written, in floating point, never fused into integer kernels: the result is the
@@ -90,14 +90,6 @@ class OnnxRuntimeRunner:
 
     def close(self) -> None:
         del self.session
-
-    def __enter__(self) -> OnnxRuntimeRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def emulate(typed: Path) -> OnnxRuntimeRunner:

@@ -8,7 +8,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.backends import cuda
 from pipeline.backends.base import Arrays, check_feeds
 from pipeline.backends.layers import printable
 from pipeline.backends.trt_api import DTYPES, collected, errors_of, logger, named_shape
+from pipeline.closing import Closing
 from pipeline.errors import EngineError, PipelineError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ LARGEST_CHUNK = 64
 CHUNK_SECONDS = 0.1
 
 
-class EngineRunner:
+class EngineRunner(Closing):
     """A deserialized engine with its GPU memory; a context manager, not thread-safe.
 
     GPU memory is allocated at the first inference of a shape, reused as long as shapes fit into it, and freed by
@@ -285,14 +285,6 @@ class EngineRunner:
         self._context = None
         self._engine = None
         self._runtime = None
-
-    def __enter__(self) -> EngineRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _load(self, plan: bytes, host_code: bool) -> tuple[Any, Any, Any]:
         bridge = logger(self.trt)
