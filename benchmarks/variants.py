@@ -151,12 +151,14 @@ def depthwise_upsampling(kernel: Sequence[float], pad: int) -> Edit:
     return edit
 
 
-def after_resize(kind: str) -> Edit:
-    """A node that changes nothing between each Resize and its Concat, of a kind that can write into its part of it."""
+def after_resize(kind: str, *, last: int | None = None) -> Edit:
+    """A node that changes nothing between each Resize (or the ``last`` ones) and its Concat, of a kind that can write
+    into its part of it."""
 
     def edit(model: ModelProto) -> ModelProto | None:
         editor, shapes = _Editor(model), infer(model)
-        resized = {node.output[0] for node in model.graph.node if node.op_type == "Resize"}
+        found = [node.output[0] for node in model.graph.node if node.op_type == "Resize"]
+        resized = set(found if last is None else found[-last:])
 
         def change(node: NodeProto) -> Sequence[NodeProto] | None:
             chosen = [slot for slot, tensor in enumerate(node.input) if tensor in resized]
@@ -362,6 +364,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
     "depthwise nearest": ("nearest as depthwise ConvTranspose 2×2: timing only", depthwise_upsampling((1.0, 1.0), 0)),
     "depth to space": ("ConvTranspose 2×2 as 1×1 Conv + DepthToSpace: computes the same", depth_to_space),
     "relu after resize": ("Relu between Resize and Concat: computes the same", after_resize("Relu")),
+    "relu after the last resize": ("Relu between the last Resize and its Concat", after_resize("Relu", last=1)),
     "convolution after resize": ("1×1 Conv of the identity between Resize and Concat", after_resize("dense")),
     "depthwise after resize": ("depthwise 1×1 Conv of ones between Resize and Concat", after_resize("depthwise")),
     "split convolutions": ("Conv(Concat(a, b)) as Conv(a) + Conv(b)", split_convolutions),

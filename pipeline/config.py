@@ -229,6 +229,9 @@ class EngineConfig(Strict):
     optimization_level: int = Field(
         3, ge=0, le=5, description="how many kernels are tried; 5: most, and slowest to build"
     )
+    timing_iterations: int = Field(
+        1, ge=1, le=100, description="how often each kernel is timed; more: a steadier choice, slower to build"
+    )
     tf32: bool = False
     sparsity: bool = Field(False, description="kernels for weights of which 2 in 4 are zero")
     hardware_compatible: bool = Field(False, description="for every GPU from Ampere on; slower than for this one alone")

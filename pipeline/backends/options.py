@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 # Options whose default is off, and their builder flags.
 FLAGS = {"sparsity": "SPARSE_WEIGHTS", "version_compatible": "VERSION_COMPATIBLE", "refit": "REFIT"}
+# Options that are numbers, and the attributes of the builder config.
+NUMBERS = {"optimization_level": "builder_optimization_level", "timing_iterations": "avg_timing_iterations"}
 # What an engine's manifest says of how it was built.
 RECORDED = (
     "source",
     "workspace_mib",
     "optimization_level",
+    "timing_iterations",
     "tf32",
     "sparsity",
     "hardware_compatible",
@@ -40,7 +43,8 @@ def configure(trt: Api, config: tensorrt.IBuilderConfig, settings: EngineConfig)
         UnsupportedError: naming the option, where this library does not have it or refuses it.
     """
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
-    _set_level(trt, config, settings)
+    for option, name in NUMBERS.items():
+        _set_number(trt, config, option, name, getattr(settings, option))
     if hasattr(trt.BuilderFlag, "TF32"):
         (config.set_flag if settings.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     elif settings.tf32:
@@ -74,11 +78,11 @@ def chosen(settings: EngineConfig) -> tuple[str, ...]:
     return tuple(f"engine.{name}" for name in RECORDED if getattr(settings, name) != getattr(DEFAULTS, name))
 
 
-def _set_level(trt: Api, config: tensorrt.IBuilderConfig, settings: EngineConfig) -> None:
-    if hasattr(config, "builder_optimization_level"):
-        config.builder_optimization_level = settings.optimization_level
-    elif settings.optimization_level != DEFAULTS.optimization_level:
-        raise _lacking(trt, "optimization_level")
+def _set_number(trt: Api, config: tensorrt.IBuilderConfig, option: str, name: str, value: int) -> None:
+    if hasattr(config, name):
+        setattr(config, name, value)
+    elif value != getattr(DEFAULTS, option):
+        raise _lacking(trt, option)
 
 
 def _set_flag(trt: Api, config: tensorrt.IBuilderConfig, option: str, name: str) -> None:

@@ -19,7 +19,7 @@ class Config:
 
     def __init__(self, trt):
         self.trt, self.flags, self.refused = trt, {"TF32"}, set()
-        self.builder_optimization_level, self.profiling_verbosity = 3, None
+        self.builder_optimization_level, self.avg_timing_iterations, self.profiling_verbosity = 3, 1, None
         self._level = "NONE"
 
     def set_memory_pool_limit(self, pool, size):
@@ -91,7 +91,9 @@ def test_flags(trt, config, option, flag):
 
 
 def test_levels(trt, config):
-    configure(trt, config, EngineConfig(hardware_compatible=True, profiling="none", optimization_level=5))
+    settings = EngineConfig(hardware_compatible=True, profiling="none", optimization_level=5, timing_iterations=8)
+    configure(trt, config, settings)
+    assert config.avg_timing_iterations == 8
     assert config.hardware_compatibility_level == "AMPERE_PLUS"
     assert config.profiling_verbosity == "NONE"
     assert config.builder_optimization_level == 5
@@ -106,11 +108,15 @@ def test_what_the_library_does_not_know(trt, config, option):
     assert f"leave engine.{option} at False" in caught.value.fix
 
 
-def test_an_optimization_level_that_the_library_does_not_know(trt, config):
-    del config.builder_optimization_level
+@pytest.mark.parametrize(
+    ("option", "attribute"),
+    [("optimization_level", "builder_optimization_level"), ("timing_iterations", "avg_timing_iterations")],
+)
+def test_a_number_that_the_library_does_not_know(trt, config, option, attribute):
+    delattr(config, attribute)
     configure(trt, config, EngineConfig())
-    with pytest.raises(UnsupportedError, match=r"does not offer engine\.optimization_level"):
-        configure(trt, config, EngineConfig(optimization_level=4))
+    with pytest.raises(UnsupportedError, match=rf"does not offer engine\.{option}"):
+        configure(trt, config, EngineConfig(**{option: 4}))
 
 
 def test_what_the_library_knows_and_refuses(trt, config):
