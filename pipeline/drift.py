@@ -18,7 +18,7 @@ from pipeline.backends.base import Arrays, Runner
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.errors import CalibrationError, ModelError
 from pipeline.graph.emulate import exactly_rounded, overflowing
-from pipeline.graph.placement import activation_tensors
+from pipeline.graph.placement import activation_tensors, is_convolution
 from pipeline.graph.shapes import dims, infer
 
 Opener = Callable[[Sequence[str]], AbstractContextManager[Runner]]
@@ -58,7 +58,8 @@ class DriftReport:
 
     Attributes:
         ran: what gave the candidate's tensors.
-        missing: tensors that it could not give, since what it runs has them no more.
+        missing: tensors that it could not give, since what it runs has them no more, or inside fused layers only.
+        notes: how far what ran is from what was to be compared.
     """
 
     ran: str
@@ -66,6 +67,7 @@ class DriftReport:
     tensors: tuple[TensorDrift, ...]
     jump: str | None
     missing: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
 
@@ -76,7 +78,8 @@ def drift(
     feeds: Sequence[Arrays],
     ran: str,
     *,
-    limit: int = GROUP_BYTES,
+    limit: float = GROUP_BYTES,
+    engine: Callable[[], AbstractContextManager[Runner]] | None = None,
 ) -> DriftReport:
     """Compare tensor by tensor, some at a time.
 
@@ -86,6 +89,8 @@ def drift(
         candidate: opens a runner that gives the tensors named, by their names.
         feeds: the images as the graph takes them.
         limit: bytes of FP32 tensors of one image that are compared at a time.
+        engine: opens the engine that the candidate stands for. What lies within its fused layers is not compared, as
+            showing it would split them; and the report notes how far the candidate's outputs are from the engine's.
 
     Raises:
         ModelError: there is no image, or a graph that cannot be run.
@@ -96,14 +101,19 @@ def drift(
     producers = {name: node for node in clean.graph.node for name in node.output}
     wanted = [tensor for tensor in activation_tensors(clean) if tensor in producers]
     existing = {name for node in typed.graph.node for name in node.output}
+    if engine is not None:
+        existing -= _within_layers(clean)
     ranges = _ranges(typed)
     sums: dict[str, _Sums] = {}
+    outputs: dict[str, list[NDArray[np.floating]]] = {value.name: [] for value in clean.graph.output}
     for group in _groups(clean, [tensor for tensor in wanted if tensor in existing], feeds[0], limit):
         with _with_outputs(clean, group) as reference, candidate(group) as other:
             for feed in feeds:
                 ours, theirs = other(feed), reference(feed)
                 for tensor in group:
                     sums.setdefault(tensor, _Sums(tensor, ranges.get(tensor))).add(theirs[tensor], ours[tensor])
+                    if tensor in outputs and engine is not None:
+                        outputs[tensor].append(ours[tensor])
     tensors = tuple(sums[tensor].figures(producers[tensor]) for tensor in wanted if tensor in sums)
     return DriftReport(
         ran,
@@ -111,6 +121,7 @@ def drift(
         tensors,
         _jump(tensors, producers),
         tuple(tensor for tensor in wanted if tensor not in existing),
+        tuple(_changed(engine, feeds, outputs)) if engine is not None else (),
     )
 
 
@@ -118,6 +129,39 @@ def emulated(typed: ModelProto) -> Opener:
     """Opens the typed graph on ONNX Runtime."""
     exact = overflowing(exactly_rounded(typed))
     return lambda tensors: _with_outputs(exact, tensors)
+
+
+def _within_layers(clean: ModelProto) -> set[str]:
+    """What only an activation reads that TensorRT runs within the convolution before it."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in clean.graph.node:
+        for tensor in node.input:
+            readers.setdefault(tensor, []).append(node)
+    outputs = {value.name for value in clean.graph.output}
+    return {
+        node.output[0]
+        for node in clean.graph.node
+        if is_convolution(node)
+        and node.output[0] not in outputs
+        and [reader.op_type for reader in readers.get(node.output[0], [])] in [[op] for op in ACTIVATIONS]
+    }
+
+
+def _changed(
+    engine: Callable[[], AbstractContextManager[Runner]],
+    feeds: Sequence[Arrays],
+    outputs: Mapping[str, Sequence[NDArray[np.floating]]],
+) -> Iterator[str]:
+    """How far outputs are from the engine's own, one sentence each."""
+    with engine() as runner:
+        own = [runner(feed) for feed in feeds]
+    for name, shown in outputs.items():
+        sums = _Sums(name, None)
+        for mine, other in zip(own, shown, strict=True):
+            sums.add(mine[name], other)
+        ratio = sums.sqnr_db()
+        how = "the same as the engine's own" if ratio is None else f"{ratio:.1f} dB (SQNR) from the engine's own"
+        yield f"with tensors shown, which splits fused layers, {name} is {how}"
 
 
 def _with_outputs(model: ModelProto, tensors: Sequence[str]) -> OnnxRuntimeRunner:
@@ -128,7 +172,7 @@ def _with_outputs(model: ModelProto, tensors: Sequence[str]) -> OnnxRuntimeRunne
     return OnnxRuntimeRunner(shown.SerializeToString(), optimize=False)
 
 
-def _groups(model: ModelProto, tensors: Sequence[str], feed: Arrays, limit: int) -> Iterator[list[str]]:
+def _groups(model: ModelProto, tensors: Sequence[str], feed: Arrays, limit: float) -> Iterator[list[str]]:
     """The tensors in order, in groups of at most ``limit`` bytes (one may exceed it alone)."""
     fixed = ModelProto()
     fixed.CopyFrom(model)
@@ -188,13 +232,16 @@ class _Sums:
         if self.amax is not None:
             self.beyond += int((np.abs(x) > self.amax).sum())
 
+    def sqnr_db(self) -> float | None:
+        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None
+
     def figures(self, node: NodeProto) -> TensorDrift:
         norms = math.sqrt(self.signal * self.power)
         return TensorDrift(
             tensor=self.tensor,
             node=node.name,
             op=node.op_type,
-            sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise and self.signal else None,
+            sqnr_db=self.sqnr_db(),
             cosine=min(self.product / norms, 1.0) if norms else None,
             max_abs_error=self.worst,
             largest=self.largest,
@@ -203,13 +250,24 @@ class _Sums:
 
 
 def _jump(tensors: Iterable[TensorDrift], producers: Mapping[str, NodeProto]) -> str | None:
-    """The first tensor whose error its inputs do not explain."""
+    """The first tensor whose error its inputs do not explain. What was not compared is passed over, to its inputs."""
     seen: dict[str, float] = {}
+    compared: set[str] = set()
+
+    def sources(tensor: str) -> Iterator[str]:
+        for name in producers[tensor].input if tensor in producers else ():
+            if name in compared:
+                yield name
+            else:
+                yield from sources(name)
+
     for entry in tensors:
+        compared.add(entry.tensor)
         if entry.sqnr_db is None:
             continue
-        before = [seen[name] for name in producers[entry.tensor].input if name in seen]
-        if entry.op not in ACTIVATIONS and entry.sqnr_db < (min(before) - JUMP_DB if before else FLOOR_DB):
+        before = [seen[name] for name in sources(entry.tensor) if name in seen]
+        alone = entry.op in ACTIVATIONS and compared.issuperset(producers[entry.tensor].input[:1])
+        if not alone and entry.sqnr_db < (min(before) - JUMP_DB if before else FLOOR_DB):
             return entry.tensor
         seen[entry.tensor] = entry.sqnr_db
     return None

@@ -154,6 +154,8 @@ def print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
         print_table((f"{precision}: tensor", "operator", "SQNR, dB", "cosine", "largest error", "saturated"), rows)
         for tensor in report.missing:
             print(f"{tensor}: not compared, what ran has it no more")
+        for note in report.notes:
+            print(f"{precision}: {note}")
         where = "the error jumps nowhere" if report.jump is None else f"the error jumps at {report.jump}"
         print(f"{precision}: {where} ({report.images} images, {report.ran})")
 

@@ -12,7 +12,9 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -197,27 +199,11 @@ class Run:
 
     def engine(self, precision: Precision) -> Path:
         """The folder of one engine: ``model.engine`` with its manifest, or the typed ``model.onnx`` alone."""
-        from pipeline.stages.engine import build_engine
-
-        target = self._resolved(precision)
-        cleaned = self.clean()
-        cache = self.calibrate() if precision == "int8" else None
-        timing_cache = self.folder / "timing.cache" if self.config.engine.timing_cache else None
         return self._stage(
             f"engine/{precision}",
-            lambda folder: build_engine(
-                cleaned,
-                precision,
-                self.config.engine,
-                _table(cache),
-                _hash(cache),
-                self.card,
-                folder,
-                timing_cache,
-                self.config.network,
-            ),
-            config=[self.config.engine, self.card, target.identity()],
-            parents={"clean": _hash(cleaned), "cache": _hash(cache)},
+            functools.partial(self._build, precision),
+            config=[self.config.engine, self.card, self._resolved(precision).identity()],
+            parents={"clean": _hash(self.clean()), "cache": _hash(self._cache(precision))},
             tools=("onnx", "onnx-graphsurgeon"),
         )
 
@@ -259,10 +245,11 @@ class Run:
         return from_json(ValidationReport, target / "report.json")
 
     def layers(self, precision: Precision) -> DriftReport:
-        """Every tensor of the clean graph against the typed graph's, on the first validation images.
+        """Every tensor of the clean graph against the engine's, where it runs here, or else against the typed graph's,
+        emulated; on the first validation images.
 
         Raises:
-            UnsupportedError: the implicit route, which has no typed graph.
+            UnsupportedError: the implicit route without a GPU: it has no typed graph.
         """
         from pipeline.backends.base import feed_image
         from pipeline.drift import DriftReport, drift, emulated
@@ -273,25 +260,32 @@ class Run:
             self.engine(precision) / "model.onnx",
             self._validation().first(LAYER_IMAGES),
         )
-        if not typed.is_file():
+        what, opens = self._candidate(precision, typed.parent)
+        if what.emulated and not typed.is_file():
             raise UnsupportedError(
                 "the implicit route has no typed graph whose tensors could be compared",
-                expected="engine.route: explicit",
+                expected="a GPU that runs the engine, or engine.route: explicit",
                 fix="give --set engine.route=explicit; ranges and INT8 arithmetic are the same there",
             )
-        ran = f"{self._emulator()}, emulating the typed graph"
 
         def make(folder: Path) -> None:
-            clean, graph = load_model(cleaned), load_model(typed)
+            clean = load_model(cleaned)
+            graph = load_model(typed) if typed.is_file() else clean
             (spec,) = model_inputs(clean)
             feeds = [feed_image(spec, s.image, self.config.preprocessing, f"the image {s.name}") for s in dataset]
-            write_atomically(folder / "report.json", to_json(drift(clean, graph, emulated(graph), feeds, ran)))
+            if what.emulated:
+                report = drift(clean, graph, emulated(graph), feeds, f"{what.ran}, emulating the typed graph")
+            else:
+                shown = functools.partial(self._shown, precision)
+                # One engine for all: its fusions, and so its values, depend on what is shown.
+                report = drift(clean, graph, shown, feeds, what.ran, limit=math.inf, engine=opens)
+            write_atomically(folder / "report.json", to_json(report))
 
         target = self._stage(
             f"layers/{precision}",
             make,
-            config=[self.config.preprocessing],
-            parents={"clean": _hash(cleaned), "typed": _hash(typed), "images": dataset.fingerprint()},
+            config=[self.config.preprocessing, what.ran],
+            parents={"clean": _hash(cleaned), "model": what.model_sha256, "images": dataset.fingerprint()},
             tools=("onnxruntime",),
         )
         return from_json(DriftReport, target / "report.json")
@@ -454,6 +448,37 @@ class Run:
             )
 
     # ------------------------------------------------------------------ parts
+
+    def _cache(self, precision: Precision) -> Path | None:
+        return self.calibrate() if precision == "int8" else None
+
+    def _build(self, precision: Precision, folder: Path, shown: tuple[str, ...] = ()) -> None:
+        from pipeline.stages.engine import build_engine
+
+        cache = self._cache(precision)
+        timing_cache = self.folder / "timing.cache" if self.config.engine.timing_cache else None
+        build_engine(
+            self.clean(),
+            precision,
+            self.config.engine,
+            _table(cache),
+            _hash(cache),
+            self.card,
+            folder,
+            timing_cache,
+            self.config.network,
+            shown,
+        )
+
+    @contextlib.contextmanager
+    def _shown(self, precision: Precision, tensors: Sequence[str]) -> Iterator[Runner]:
+        """An engine that gives these tensors too, as long as it is needed."""
+        from pipeline.engines import load_engine
+
+        with tempfile.TemporaryDirectory(prefix="unet-trt-") as folder:
+            self._build(precision, Path(folder), tuple(tensors))
+            with load_engine(Path(folder) / "model.engine") as runner:
+                yield runner
 
     def _validation(self) -> Dataset:
         dataset = open_dataset(self.config.data, self.config.preprocessing, "validation")

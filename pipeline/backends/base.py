@@ -60,6 +60,7 @@ class BuildRequest:
         timing_cache: file to read and update; None to build without.
         define: fills an empty network of the API module's, instead of the parser's reading ``model``, which then
             names the dynamic axes alone; what it returns is kept until the engine is built.
+        shown: tensors of the network that the engine gives beside its outputs.
     """
 
     model: Path
@@ -70,6 +71,7 @@ class BuildRequest:
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     timing_cache: Path | None = None
     define: Callable[[Any, Any], object] | None = None
+    shown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

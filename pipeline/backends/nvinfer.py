@@ -153,6 +153,7 @@ def build(
         parse(trt, network, request.model)
     else:
         kept = request.define(trt, network)
+    show(network, request.shown)
     inputs, outputs = network_specs(network, request.model)
     config = builder.create_builder_config()
     configure(trt, config, request.config)
@@ -178,6 +179,22 @@ def build(
     if path is not None and timing_owner is not None and timings != "none":
         write_timing_cache(path, timing_owner, bytes(config.get_timing_cache().serialize()), notes)
     return BuildResult(plan, inputs, outputs, time.perf_counter() - start, timings, tuple(notes))
+
+
+def show(network: tensorrt.INetworkDefinition, names: Sequence[str]) -> None:
+    """Make tensors outputs of the network, beside those it has.
+
+    Raises:
+        EngineError: the network has no tensor of that name.
+    """
+    known = {network.get_output(index).name for index in range(network.num_outputs)}
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    tensors = {tensor.name: tensor for each in layers for tensor in map(each.get_output, range(each.num_outputs))}
+    for name in names:
+        if name not in tensors:
+            raise EngineError(f"the network has no tensor {name}", got=f"{len(tensors)} others")
+        if name not in known:
+            network.mark_output(tensors[name])
 
 
 def serialize(

@@ -58,6 +58,7 @@ def build_engine(
     folder: Path,
     timing_cache: Path | None,
     network: NetworkConfig | None = None,
+    shown: tuple[str, ...] = (),
 ) -> EngineManifest | None:
     """Build one engine into a folder: ``model.engine``, ``manifest.json`` and, on the explicit route, ``model.onnx``.
 
@@ -67,6 +68,7 @@ def build_engine(
         card: goes into the manifest.
         folder: made where missing; what lies there under these names is replaced.
         timing_cache: file to read and update; None, or ``config.timing_cache`` off, to build without.
+        shown: tensors that the engine gives beside its outputs, see ``pipeline.drift``.
         network: whose weights ``config.source`` network-api defines the engine from; ``clean`` is of the same network.
 
     Returns:
@@ -118,6 +120,7 @@ def build_engine(
         profiles=profiles,
         timing_cache=timing_cache if config.timing_cache else None,
         define=definition,
+        shown=shown,
     )
     log.info("building the %s engine with %s %s, %s route", precision, builder.name, known.version, route)
     result = builder.build(request)

@@ -3,7 +3,10 @@
 Runs on CPython 3.10 with TensorRT 8.6 and without torch, as well as on newer ones.
 """
 
+import contextlib
+import functools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from pipeline.backends.runner import EngineRunner
 from pipeline.backends.tensorrt import TensorrtBuilder, api, calibrate_with_tensorrt
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, ProfileRange
+from pipeline.drift import drift
 from pipeline.engines import load_engine
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.stages.engine import build_engine
@@ -159,6 +163,33 @@ def test_ranges_that_differ_across_a_resize(folder, table, tmp_path):
     (feeds,) = images(1, seed=7)
     with load_engine(tmp_path / "model.engine") as runner:
         assert error(runner(feeds)["logits"], reference(tiny_unet(), feeds)) < TOLERANCE["int8"]
+
+
+@pytest.mark.parametrize(("precision", "route"), [("fp16", "implicit"), ("int8", "explicit"), ("int8", "implicit")])
+def test_layer_by_layer(engine, folder, table, tmp_path, precision, route):
+    needs(route)
+    target, feeds = engine(precision, route), images(2)
+    typed = target / "model.onnx"
+
+    @contextlib.contextmanager
+    def showing(tensors):
+        made = tmp_path / "shown"
+        timing = folder / "timing.cache"
+        build_engine(folder / "clean.onnx", precision, settings(route), table, None, None, made, timing, None, tensors)
+        with load_engine(made / "model.engine") as runner:
+            yield runner
+
+    own = functools.partial(load_engine, target / "model.engine")
+    graph = onnx.load(typed) if typed.exists() else tiny_unet()
+    report = drift(tiny_unet(), graph, showing, feeds, "TensorRT", limit=math.inf, engine=own)
+    figures = {entry.tensor: entry.sqnr_db for entry in report.tensors}
+    print(precision, route, {tensor: round(ratio or 0, 1) for tensor, ratio in figures.items()}, report.notes)
+    assert report.jump is None
+    assert all(ratio is None or ratio > (10 if precision == "int8" else 40) for ratio in figures.values())
+    assert set(report.missing) == {
+        node.output[0] for node in tiny_unet().graph.node if node.op_type == "Conv" and node.output[0] != "logits"
+    }
+    assert len(report.notes) == 1
 
 
 class TestCalibration:

@@ -46,6 +46,15 @@ def operators(path: Path) -> set[str]:
     return {node.op_type for node in onnx.load(path).graph.node}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_tensors_that_are_shown_become_outputs(clean, table, tmp_path, precision):
+    shown = ("down0.out.relu", "resized", "logits")
+    manifest = build_engine(clean, precision, RTX, table, None, CARD, tmp_path / "out", None, shown=shown)
+    assert [spec.name for spec in manifest.outputs] == ["logits", "down0.out.relu", "resized"]
+    with pytest.raises(EngineError, match="the network has no tensor nowhere"):
+        build_engine(clean, precision, RTX, table, None, CARD, tmp_path / "not", None, shown=("nowhere",))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_every_precision_builds_with_its_manifest_and_typed_graph(clean, table, tmp_path, precision):
     folder = tmp_path / precision

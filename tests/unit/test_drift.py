@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -88,6 +90,34 @@ def test_a_range_that_clips_shows_as_saturation() -> None:
     figures = {entry.tensor: entry for entry in report.tensors}
     assert (figures[relu].saturated or 0) > 0.05
     assert report.jump == reader.output[0]
+
+
+class TestOfAnEngine:
+    """The engine and what shows its tensors are both played by the typed graph on ONNX Runtime."""
+
+    def shown(self, engine: ModelProto, showing: ModelProto) -> DriftReport:
+        own = partial(emulated(engine), ["logits"])
+        return drift(tiny_unet(), showing, emulated(showing), FEEDS, "an engine", limit=math.inf, engine=own)
+
+    def test_what_lies_within_fused_layers_is_left_out(self) -> None:
+        report = self.shown(quantized(), quantized())
+        convolutions = [node for node in tiny_unet().graph.node if node.op_type == "Conv"]
+        assert report.missing == tuple(node.output[0] for node in convolutions[:-1])
+        assert "logits" in [entry.tensor for entry in report.tensors]
+
+    def test_its_distance_from_the_engine_is_told(self) -> None:
+        (same,) = self.shown(quantized(), quantized()).notes
+        assert same.endswith("logits is the same as the engine's own")
+        (other,) = self.shown(tiny_unet(), quantized()).notes
+        found = re.search(r"logits is ([\d.]+) dB \(SQNR\) from the engine's own$", other)
+        assert found is not None
+        assert float(found[1]) == pytest.approx(compared(quantized()).tensors[-1].sqnr_db or 0, abs=0.5)
+
+    @pytest.mark.parametrize("number", [0, 2])
+    def test_a_planted_defect_is_named_by_its_layers_result(self, number: int) -> None:
+        weight, output = convolution(tiny_unet(), number)
+        wrong = scaled(quantized(), weight, 1.5)
+        assert self.shown(wrong, wrong).jump == f"{output}.relu"
 
 
 def test_groups_change_nothing() -> None:
