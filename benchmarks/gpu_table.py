@@ -1,11 +1,11 @@
 """What each precision costs and gives on a GPU: runs the whole pipeline with TensorRT and collects its reports.
 
-    python benchmarks/gpu_table.py -o RESULT.json --build-dir build [--isbi DIR] [--camvid DIR] [--accuracy]
-        [cells isbi camvid]
+    python benchmarks/gpu_table.py -o RESULT.json --build-dir build [--isbi DIR] [--camvid DIR]
+        [--only accuracy|times] [cells isbi camvid]
 
 For each config: FP32, FP16 and INT8 as configured, then INT8 in other ways from the same calibration cache.
-The exported graph may lie in the build folder already, made where torch is installed. ``--accuracy``: INT8 alone, and
-no times, so that several of these may share one GPU.
+The exported graph may lie in the build folder already, made where torch is installed. Several of these may share one
+GPU with ``--only accuracy``; ``--only times``, called afterwards for the same folder, reuses their engines.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PRECISIONS = ("fp32", "fp16", "int8")
-WAYS = {
-    "int8, Q/DQ at convolutions": "engine.qdq=convolutions",
-    "int8, Q/DQ shared": "engine.qdq=shared",
-    "int8, implicit": "engine.route=implicit",
+WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "as configured": (("fp32", "fp16", "int8"), ()),
+    "Q/DQ at convolutions": (("int8",), ("--set", "engine.qdq=convolutions")),
+    "Q/DQ shared": (("int8",), ("--set", "engine.qdq=shared")),
+    "implicit": (("int8",), ("--set", "engine.route=implicit")),
 }
 
 
@@ -46,8 +46,8 @@ def run(stage: str, config: str, build: Path, *options: str) -> int:
     return subprocess.run(command, cwd=REPOSITORY, check=False, stdout=sys.stderr).returncode
 
 
-def collect(folder: Path, precision: str, label: str, timed: bool) -> dict[str, Any]:
-    """One row of the table, from the reports."""
+def collect(folder: Path, precision: str, label: str) -> dict[str, Any]:
+    """One row of the table, from the reports; without times where there are none yet."""
     report = json.loads((folder / "validate" / precision / "report.json").read_text(encoding="utf-8"))
     manifest = json.loads((folder / "engine" / precision / "manifest.json").read_text(encoding="utf-8"))
     scores, reference = report["scores"], report["reference"]
@@ -68,7 +68,7 @@ def collect(folder: Path, precision: str, label: str, timed: bool) -> dict[str, 
         "engine_bytes": (folder / "engine" / precision / "model.engine").stat().st_size,
         "build_seconds": manifest["build_seconds"],
     }
-    if timed:
+    if (folder / "benchmark" / "report.json").is_file():
         timings = json.loads((folder / "benchmark" / "report.json").read_text(encoding="utf-8"))["timings"]
         timing = next(t for t in timings if t["name"] == precision)
         row["gpu_ms_p50"], row["gpu_ms_p99"] = timing["device"]["p50_ms"], timing["device"]["p99_ms"]
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--build-dir", type=Path, default=Path("build"))
     parser.add_argument("--isbi")
     parser.add_argument("--camvid")
-    parser.add_argument("--accuracy", action="store_true", help="INT8 alone, and no times")
+    parser.add_argument("--only", choices=("accuracy", "times"))
     options = parser.parse_args()
     roots = {"isbi": options.isbi, "camvid": options.camvid}
     result: dict[str, Any] = {
@@ -91,20 +91,20 @@ def main() -> None:
         "python": platform.python_version(),
         "configs": {},
     }
-    stage = "validate" if options.accuracy else "run"
+    stages = {"accuracy": ("validate",), "times": ("benchmark",), None: ("validate", "benchmark")}[options.only]
     for config in options.configs:
         sets = ["--backend", "tensorrt", *(("--set", f"data.root={roots[config]}") if roots.get(config) else ())]
         build = options.build_dir.resolve()
         rows, codes = [], {}
-        if not options.accuracy:
-            codes["as configured"] = run("run", config, build, *sets)
-            rows = [collect(build / config, precision, "as configured", True) for precision in PRECISIONS]
-        for number, (label, setting) in enumerate(WAYS.items()):
-            other = build.with_name(f"{build.name}-{number}")
-            shutil.copytree(build / config, other / config, dirs_exist_ok=True)
-            codes[label] = run(stage, config, other, "-p", "int8", "--set", setting, *sets)
-            rows.append(collect(other / config, "int8", label, not options.accuracy))
-            manifest = json.loads((other / config / "engine" / "int8" / "manifest.json").read_text(encoding="utf-8"))
+        for number, (label, (precisions, setting)) in enumerate(WAYS.items()):
+            folder = build.with_name(f"{build.name}-{number}") if number else build
+            if not (folder / config).exists():
+                shutil.copytree(build / config, folder / config)
+            chosen = [option for precision in precisions for option in ("-p", precision)]
+            for stage in stages:
+                codes[f"{stage}, {label}"] = run(stage, config, folder, *chosen, *setting, *sets)
+            rows += [collect(folder / config, precision, label) for precision in precisions]
+        manifest = json.loads((build / config / "engine" / "int8" / "manifest.json").read_text(encoding="utf-8"))
         result["device"], result["tensorrt"] = manifest["device"], manifest["backend_version"]
         result["configs"][config] = {"input": manifest["inputs"][0]["shape"], "exit_codes": codes, "rows": rows}
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
