@@ -20,7 +20,7 @@ CHOSEN    = $(foreach precision,$(PRECISION),-p $(precision)) --backend $(BACKEN
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
-	@echo "Variables: CONFIG=$(CONFIG) PRECISION=fp32|fp16|int8 BACKEND=$(BACKEND) BUILD=$(BUILD) SET=\"section.key=value …\""
+	@echo "Variables: CONFIG=$(CONFIG) PRECISION=fp32|fp16|int8|mixed BACKEND=$(BACKEND) BUILD=$(BUILD) SET=\"section.key=value …\""
 
 setup: $(READY) ## make .venv and install everything, pinned
 $(READY): pyproject.toml constraints.txt

@@ -17,6 +17,7 @@ from pipeline.printing import (
     print_drift,
     print_facts,
     print_json,
+    print_mix,
     print_speed_verdict,
     print_table,
     print_timings,
@@ -45,7 +46,7 @@ ConfigOption = Annotated[
     Path | None, typer.Option("-c", "--config", help="Configuration file, such as configs/cells.yaml.")
 ]
 PrecisionsOption = Annotated[
-    list[str] | None, typer.Option("-p", "--precision", help="fp32, fp16 or int8; repeat for several.")
+    list[str] | None, typer.Option("-p", "--precision", help="fp32, fp16, int8 or mixed; repeat for several.")
 ]
 BackendOption = Annotated[str | None, typer.Option("--backend", help="auto, tensorrt, tensorrt-rtx or onnxruntime.")]
 RouteOption = Annotated[str | None, typer.Option("--route", help="auto, implicit or explicit.")]
@@ -300,6 +301,8 @@ def engine(
         with _run(settings, build_dir, force) as work:
             for each in _precisions(settings, precision):
                 folder = work.engine(each)
+                if each == "mixed":
+                    print_mix(work.mix())
                 plan = folder / "model.engine"
                 print(plan if plan.is_file() else folder / "model.onnx")
         return
@@ -313,6 +316,13 @@ def engine(
     (chosen, *others) = (_precision(name) for name in _required(precision, "-p PRECISION"))
     if others:
         raise ConfigError("one file is built at a time", expected="one -p", got=" ".join(precision or ()))
+    if chosen == "mixed":
+        raise ConfigError(
+            "mixed precision is searched on images and labels, which a configuration names",
+            expected="-c CONFIG -p mixed",
+            got=str(model),
+            fix="write a configuration with network.onnx; its mixed/config.yaml then names engine.exclude",
+        )
     target = _required(output, "-o model.engine")
     settings_of_engine = _section(EngineConfig, {"backend": backend or "auto", "route": route or "auto"})
     table = read_cache(calibration_cache) if calibration_cache else None
@@ -565,13 +575,13 @@ def _run(config: Config, build: Path, force: bool) -> Run:
 
 
 def _precision(name: str) -> Precision:
-    from pipeline.config import PRECISIONS
+    from pipeline.config import ALL_PRECISIONS
     from pipeline.errors import ConfigError
 
-    for precision in PRECISIONS:
+    for precision in ALL_PRECISIONS:
         if precision == name:
             return precision
-    raise ConfigError(f"there is no precision {name!r}", expected=", ".join(PRECISIONS), got=name)
+    raise ConfigError(f"there is no precision {name!r}", expected=", ".join(ALL_PRECISIONS), got=name)
 
 
 def _precisions(config: Config, names: Sequence[str] | None) -> tuple[Precision, ...]:

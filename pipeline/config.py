@@ -26,7 +26,7 @@ from pydantic import (
 
 from pipeline.errors import ConfigError
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "mixed"]
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 Route = Literal["auto", "implicit", "explicit"]
 Source = Literal["onnx", "network-api"]
@@ -35,7 +35,11 @@ Algorithm = Literal["entropy", "minmax", "percentile", "mse"]
 Placement = Literal["convolutions", "shared"]
 Calibrator = Literal["auto", "cpu", "gpu", "tensorrt"]
 
+# Built when nobody names any; mixed only on request, since its search takes long.
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+ALL_PRECISIONS: tuple[Precision, ...] = (*PRECISIONS, "mixed")
+# What calibrated ranges are needed for.
+QUANTIZED: tuple[Precision, ...] = ("int8", "mixed")
 # The one factory that engine.source: network-api knows.
 UNET = "models.unet:UNet"
 PATH_KEYS = ("network.weights", "network.onnx", "data.root")
@@ -242,7 +246,7 @@ class EngineConfig(Strict):
     )
     timing_cache: bool = True
     profile: dict[Axis, ProfileRange] = {}
-    exclude: tuple[str, ...] = Field((), description="node name patterns that stay unquantized on the explicit route")
+    exclude: tuple[str, ...] = Field((), description="node name patterns of convolutions that stay unquantized")
     qdq: Placement = Field(
         "convolutions",
         description="INT8 on the explicit route; shared: pools, resizes, pads and concatenations too, with "
@@ -284,7 +288,41 @@ DEFAULT_TOLERANCES: dict[Precision, Tolerance] = {
     "int8": Tolerance(
         atol=1.0, rtol=0.1, statistic="mean", min_agreement=0.97, max_miou_drop=0.01, max_class_iou_drop=0.03
     ),
+    "mixed": Tolerance(
+        atol=1.0, rtol=0.1, statistic="mean", min_agreement=0.97, max_miou_drop=0.001, max_class_iou_drop=0.02
+    ),
 }
+
+
+class MixedConfig(Strict):
+    """``precision: mixed``: which convolutions stay FP16 so that the masks keep a budget at the least latency.
+
+    Both budgets hold on calibration images that chose no range, and are judged on whole graphs. The default drop is
+    about a third of what ``validate`` allows: images that trained the network lose less than others (docs/mixed.md).
+    """
+
+    max_miou_drop: float | None = Field(
+        0.0003, ge=0, le=1, description="fraction of 1, from FP32's mean IoU; needs labels"
+    )
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="share of pixels with FP32's class; needed where there are no labels"
+    )
+    judge_by: Literal["figure", "interval"] = Field(
+        "interval", description="interval: the upper end of the drop's 95 % interval over images has to keep the budget"
+    )
+    images: int = Field(64, gt=0, description="held out from the calibration split; fewer where it is small")
+    sensitivity_images: int = Field(
+        8, gt=0, description="of these, evenly spread, on which single convolutions are tried"
+    )
+    candidates: int = Field(40, ge=4, description="whole graphs that are judged at most")
+    finalists: int = Field(4, gt=0, description="of those within the budget, how many a GPU times")
+    seed: int = Field(0, description="of the choice of held-out images")
+
+    @model_validator(mode="after")
+    def _judged(self) -> MixedConfig:
+        if self.max_miou_drop is None and self.min_agreement is None:
+            raise ValueError("give max_miou_drop or min_agreement: without a budget all INT8 is best")
+        return self
 
 
 class ValidateConfig(Strict):
@@ -342,6 +380,7 @@ class Config(Strict):
     calibrate: CalibrateConfig = CalibrateConfig()
     engine: EngineConfig = EngineConfig()
     validate_: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    mixed: MixedConfig = MixedConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     train: TrainConfig = TrainConfig()
 

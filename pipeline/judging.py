@@ -37,7 +37,7 @@ from pipeline.reports import (
 Arrays = Mapping[str, NDArray[Any]]
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # atol of probabilities, 0…1, where the config names no tolerance: that of logits would let anything pass.
-PROBABILITY_ATOL: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.02}
+PROBABILITY_ATOL: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.02, "mixed": 0.02}
 MEANS = ("mean_iou", "mean_dice", "mean_boundary_f")
 OFFENDERS = 3
 TINY = float(np.finfo(np.float32).tiny)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pipeline.backends.parsing import ParserVerdict
     from pipeline.calibration.report import CalibrationReport
     from pipeline.drift import DriftReport
+    from pipeline.mixed.report import MixReport
     from pipeline.reports import BenchmarkReport
     from pipeline.stages.clean import CleaningReport
 
@@ -132,6 +133,31 @@ def print_calibration(report: CalibrationReport) -> None:
             ("seconds", f"{report.seconds:.1f}"),
         ]
         print_table(("calibration", ""), rows, file=sys.stderr)
+
+
+def print_mix(report: MixReport) -> None:
+    """Every candidate and the choice, with the log messages: the path alone goes to stdout."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    rows = [
+        (
+            one.move + (" (chosen)" if place == report.chosen else ""),
+            str(len(one.half)),
+            f"{one.ms:.4f}" + ("" if one.measured_ms or report.latency == "estimated" else " (estimated)"),
+            "no labels" if one.figures.miou_drop is None else f"{one.figures.miou_drop:+.5f}",
+            f"{one.figures.agreement:.4%}",
+            "kept" if one.kept else "exceeded",
+        )
+        for place, one in enumerate(report.candidates)
+    ]
+    headings = ("candidate", "in FP16", f"ms, {report.latency}", "mIoU drop", "same class", "budget")
+    print_table(headings, rows, file=sys.stderr)
+    gain = "" if report.gain_kept is None else f", {report.gain_kept:.0%} of the time that it saves"
+    print(
+        f"{len(report.choice.half)} of {len(report.convolutions)} convolutions stay FP16; {report.latency}: "
+        f"{report.speedup_kept:.0%} of all INT8's speed-up over FP16{gain}",
+        file=sys.stderr,
+    )
 
 
 def print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:

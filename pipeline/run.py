@@ -38,7 +38,7 @@ from pipeline.artifacts import (
     tool_version,
     write_atomically,
 )
-from pipeline.config import Config, Precision
+from pipeline.config import QUANTIZED, Config, EngineConfig, Precision
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.errors import BuildFolderError, CheckFailed, ConfigError, DataError, PipelineError, UnsupportedError
 from pipeline.reports import BenchmarkReport, Candidate, ValidationReport
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from pipeline.calibration.table import CalibrationTable
     from pipeline.data.dataset import Sample
     from pipeline.drift import DriftReport
+    from pipeline.mixed.report import MixReport
+    from pipeline.stages.mix import Timer
 
 log = logging.getLogger(__name__)
 # Images on which tensors are compared layer by layer.
@@ -197,12 +199,67 @@ class Run:
             / CACHE_FILE
         )
 
+    def mix(self) -> MixReport:
+        """The choice of mixed precision: see ``pipeline.stages.mix``."""
+        from pipeline.calibration.table import read_cache
+        from pipeline.mixed.held_out import hold_out
+        from pipeline.mixed.report import MixReport
+        from pipeline.stages.calibrate import calibrate, content_hashes
+        from pipeline.stages.mix import REPORT, mix
+
+        target, config = self._resolved("mixed"), self.config
+        cleaned, cache, validation = self.clean(), self.calibrate(), self._validation()
+        timer = self._timer(cleaned, cache) if self._runs("mixed") else None
+        split = open_dataset(config.data, config.preprocessing, "calibration")
+        chosen = split.choose(config.calibrate.images, config.calibrate.seed)
+        images, rest = hold_out(split, chosen, config.mixed.images, config.mixed.seed)
+
+        def make(folder: Path) -> None:
+            ranges = cache
+            if len(rest) < len(chosen):
+                ranges = folder / "ranges.cache"
+                report = ranges.with_name("ranges.cache.json")
+                calibrate(cleaned, rest, config.calibrate, config.preprocessing, ranges, report, engine=config.engine)
+            mix(
+                cleaned,
+                read_cache(ranges),
+                images,
+                config,
+                self.card,
+                target.capabilities.device,
+                folder,
+                others=content_hashes(validation),
+                timer=timer,
+            )
+
+        folder = self._stage(
+            "mixed",
+            make,
+            config=[
+                config.mixed,
+                config.calibrate,
+                config.engine,
+                config.benchmark if timer else None,
+                self.card,
+                target.identity(),
+            ],
+            parents={
+                "clean": _hash(cleaned),
+                "cache": _hash(cache),
+                "images": images.fingerprint(),
+                "ranges": rest.fingerprint(),
+                "validation": validation.fingerprint(),
+            },
+            tools=("onnx", "onnxruntime"),
+        )
+        return from_json(MixReport, folder / REPORT)
+
     def engine(self, precision: Precision) -> Path:
         """The folder of one engine: ``model.engine`` with its manifest, or the typed ``model.onnx`` alone."""
         return self._stage(
             f"engine/{precision}",
             functools.partial(self._build, precision),
-            config=[self.config.engine, self.card, self._resolved(precision).identity()],
+            config=[self._settings(precision), self.card, self._resolved(precision).identity()],
             parents={"clean": _hash(self.clean()), "cache": _hash(self._cache(precision))},
             tools=("onnx", "onnx-graphsurgeon"),
         )
@@ -365,8 +422,11 @@ class Run:
             pictures={p: self.folder / "validate" / p for p in precisions},
             engine_bytes={p: file.stat().st_size for p, file in built.items()},
             provenance=self._provenance(),
+            mixed=self.mix() if "mixed" in precisions else None,
         )
         reports = [f"validate/{p}/report.json" for p in precisions]
+        if "mixed" in precisions:
+            reports.append("mixed/report.json")
         return (
             self._stage(
                 "report",
@@ -450,7 +510,12 @@ class Run:
     # ------------------------------------------------------------------ parts
 
     def _cache(self, precision: Precision) -> Path | None:
-        return self.calibrate() if precision == "int8" else None
+        return self.calibrate() if precision in QUANTIZED else None
+
+    def _settings(self, precision: Precision) -> EngineConfig:
+        """How an engine is built; mixed precision leaves out what its search chose."""
+        settings = self.config.engine
+        return _leaving_out(settings, self.mix().patterns) if precision == "mixed" else settings
 
     def _build(self, precision: Precision, folder: Path, shown: tuple[str, ...] = ()) -> None:
         from pipeline.stages.engine import build_engine
@@ -460,7 +525,7 @@ class Run:
         build_engine(
             self.clean(),
             precision,
-            self.config.engine,
+            self._settings(precision),
             _table(cache),
             _hash(cache),
             self.card,
@@ -513,6 +578,29 @@ class Run:
         """Whether an engine of this precision is built and runs on this machine."""
         target = self._resolved(precision)
         return target.builder is not None and target.capabilities.runs
+
+    def _timer(self, cleaned: Path, cache: Path) -> Timer:
+        """Times choices of mixed precision on this machine's GPU, on the first validation image."""
+        from pipeline.backends.base import feed_image
+        from pipeline.contest import time_choices
+        from pipeline.stages.engine import build_engine
+        from pipeline.stages.mix import excluded
+
+        sample, settings = self._validation()[0], self.config.engine
+        timing_cache = self.folder / "timing.cache" if settings.timing_cache else None
+
+        def build(half: Sequence[str], folder: Path) -> None:
+            chosen = _leaving_out(settings, [*settings.exclude, *excluded(half)])
+            build_engine(cleaned, "mixed", chosen, _table(cache), _hash(cache), self.card, folder, timing_cache)
+
+        return lambda choices: time_choices(
+            choices,
+            build,
+            lambda runner: feed_image(
+                runner.inputs[0], sample.image, self.config.preprocessing, f"the image {sample.name}"
+            ),
+            self.config.benchmark,
+        )
 
     def _candidate(
         self, precision: Precision, engine: Path
@@ -604,6 +692,10 @@ def _plain(part: Any) -> Any:
     if isinstance(part, dict):
         return {key: _plain(value) for key, value in part.items()}
     return part
+
+
+def _leaving_out(settings: EngineConfig, patterns: Sequence[str]) -> EngineConfig:
+    return settings.model_copy(update={"exclude": tuple(patterns)})
 
 
 def _hash(path: Path | None) -> str | None:

@@ -56,6 +56,7 @@ class BuildRequest:
     Attributes:
         model: path of the ONNX graph: the clean one on the implicit route, the typed one on the explicit route.
         table: amax per tensor for implicit INT8; None otherwise.
+        half_nodes: convolutions that stay FP16 on the implicit route; a typed graph says so itself.
         profiles: shapes per dynamic input; empty for a static graph.
         timing_cache: file to read and update; None to build without.
         define: fills an empty network of the API module's, instead of the parser's reading ``model``, which then
@@ -68,6 +69,7 @@ class BuildRequest:
     route: RouteName
     config: EngineConfig
     table: CalibrationTable | None = None
+    half_nodes: tuple[str, ...] = ()
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     timing_cache: Path | None = None
     define: Callable[[Any, Any], object] | None = None

@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 
     from pipeline.backends.api_types import Api
 
-    Adjust = Callable[[tensorrt.Builder, tensorrt.IBuilderConfig, tensorrt.IOptimizationProfile | None], None]
+    Adjust = Callable[
+        [
+            tensorrt.Builder,
+            tensorrt.INetworkDefinition,
+            tensorrt.IBuilderConfig,
+            tensorrt.IOptimizationProfile | None,
+        ],
+        None,
+    ]
 
 __all__ = ["EngineRunner", "RefusedNode", "build", "parse", "read", "set_flag", "strongly_typed_offered"]
 
@@ -137,8 +145,8 @@ def build(
     """Parse (or define), configure and build.
 
     Args:
-        adjust: called with the builder, its config and the profile (None: static) before the build, for what one
-            library alone has.
+        adjust: called with the builder, the network, the config and the profile (None: static) before the build,
+            for what one library alone has.
         timing_owner: library version, GPU and driver, to which a timing cache is bound; None to build without one.
 
     Raises:
@@ -159,7 +167,7 @@ def build(
     configure(trt, config, request.config)
     profile = add_profiles(trt, builder, config, network, request.profiles)
     if adjust is not None:
-        adjust(builder, config, profile)
+        adjust(builder, network, config, profile)
     notes: list[str] = []
     timings = "none"
     path = request.timing_cache if timing_owner is not None and hasattr(config, "create_timing_cache") else None

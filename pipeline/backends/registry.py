@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.backends import tensorrt, tensorrt_rtx
 from pipeline.backends.base import Builder, Capabilities, RouteName
-from pipeline.config import BackendName, Precision, Route
+from pipeline.config import QUANTIZED, BackendName, Precision, Route
 from pipeline.errors import UnsupportedError
 
 
@@ -82,7 +82,7 @@ def resolve(name: BackendName, precision: Precision, route: Route) -> Resolved:
 def _route(route: Route, precision: Precision, known: Capabilities) -> RouteName:
     if route != "auto":
         return route
-    explicit = precision == "int8" or known.strongly_typed or "implicit" not in known.routes
+    explicit = precision in QUANTIZED or known.strongly_typed or "implicit" not in known.routes
     return "explicit" if explicit else "implicit"
 
 

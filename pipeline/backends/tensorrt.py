@@ -6,7 +6,7 @@ import functools
 import importlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from pipeline.backends.ahead import Ahead
 from pipeline.backends.base import Arrays, BuildRequest, BuildResult, Capabilities, RouteName
 from pipeline.backends.options import drop_foreign_tactics
 from pipeline.backends.trt_api import version_number
-from pipeline.calibration.table import HEADERS, CalibrationTable
-from pipeline.config import Algorithm, EngineConfig
+from pipeline.calibration.table import HEADERS, CalibrationTable, some
+from pipeline.config import QUANTIZED, Algorithm, EngineConfig
 from pipeline.errors import CalibrationError, EngineError, PipelineError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -99,21 +99,26 @@ class TensorrtBuilder:
                 fix="use route: explicit",
             )
         calibrator = None
-        if implicit and request.precision == "int8":
+        if implicit and request.precision in QUANTIZED:
             if request.table is None:
                 raise CalibrationError("INT8 needs a calibration table", fix="calibrate first")
             calibrator = cached_calibrator(trt, request.table)
         typed = not implicit and strongly_typed(trt)
 
         def adjust(
-            builder: tensorrt.Builder, config: tensorrt.IBuilderConfig, profile: tensorrt.IOptimizationProfile | None
+            builder: tensorrt.Builder,
+            network: tensorrt.INetworkDefinition,
+            config: tensorrt.IBuilderConfig,
+            profile: tensorrt.IOptimizationProfile | None,
         ) -> None:
             if request.precision != "fp32":
-                _require_fast(builder, request.precision)
+                _require_fast(builder, "int8" if request.precision in QUANTIZED else "fp16")
                 if not typed:
                     nvinfer.set_flag(trt, config, "FP16")
-            if request.precision == "int8" and not typed:
+            if request.precision in QUANTIZED and not typed:
                 nvinfer.set_flag(trt, config, "INT8")
+            if request.half_nodes:
+                keep_half(trt, network, config, request.half_nodes)
             if calibrator is not None:
                 config.int8_calibrator = calibrator
                 if profile is not None:
@@ -128,6 +133,38 @@ class TensorrtBuilder:
         if calibrator is not None and calibrator.asked:
             raise _cache_ignored(trt)
         return result
+
+
+def keep_half(
+    trt: Any, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, nodes: Collection[str]
+) -> None:
+    """Hold convolutions to FP16 on the implicit route, by precision constraints that the builder has to obey.
+
+    The parser names a layer after its ONNX node. Outputs stay free, so that what reads them in INT8 needs no
+    cast of its own.
+
+    Raises:
+        UnsupportedError: this TensorRT has no precision constraints.
+        EngineError: a node that no layer is named after.
+    """
+    layers = {layer.name: layer for layer in map(network.get_layer, range(network.num_layers))}
+    wanted = [name for name in nodes if name not in layers]
+    if wanted:
+        raise EngineError(
+            f"{len(wanted)} convolutions that stay FP16 are no layers of the network: {some(wanted)}",
+            expected="layers named after their ONNX nodes",
+            fix="use route: explicit",
+        )
+    flag = "OBEY_PRECISION_CONSTRAINTS"
+    if not hasattr(trt.BuilderFlag, flag) or not all(hasattr(layers[name], "precision") for name in nodes):
+        raise UnsupportedError(
+            f"TensorRT {trt.__version__} cannot hold single layers to a precision",
+            expected="a typed graph",
+            fix="use route: explicit",
+        )
+    for name in nodes:
+        layers[name].precision = trt.DataType.HALF
+    nvinfer.set_flag(trt, config, flag)
 
 
 def calibrate_with_tensorrt(

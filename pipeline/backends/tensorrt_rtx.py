@@ -80,7 +80,7 @@ class RtxBuilder:
             )
         trt = api()
 
-        def target(_: tensorrt.Builder, config: Any, __: tensorrt.IOptimizationProfile | None) -> None:
+        def target(_: Any, __: Any, config: Any, ___: tensorrt.IOptimizationProfile | None) -> None:
             wanted = [f"SM{capability.replace('.', '')}" for capability in target_capabilities(trt)]
             if not wanted or not hasattr(config, "set_compute_capability"):
                 return

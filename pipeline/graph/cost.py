@@ -27,14 +27,19 @@ def convolution_macs(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> 
     Raises:
         ModelError: a size that does not follow from the inputs' shapes, or types that contradict each other.
     """
+    known = tensor_shapes(model, shapes)
+    return {node.name: _macs(node, known) for node in model.graph.node if node.op_type in CONVOLUTIONS}
+
+
+def tensor_shapes(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> dict[str, Dims | None]:
+    """Shape of every tensor, initializers too, for inputs of these shapes; what does not follow keeps names or None."""
     fixed = ModelProto()
     fixed.CopyFrom(model)
     for value in fixed.graph.input:
         _fix(value, shapes.get(value.name))
     del fixed.graph.output[:]  # their declared shapes would stand, with the names of free axes
     known = {name: dims(value) for name, value in infer(fixed).items()}
-    known |= {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    return {node.name: _macs(node, known) for node in fixed.graph.node if node.op_type in CONVOLUTIONS}
+    return known | {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
 
 
 def _fix(value: ValueInfoProto, shape: Sequence[int] | None) -> None:

@@ -74,7 +74,7 @@ def benchmark(
         fed = {each.name: feed(runner) for each, runner in opened}
         on_gpu = {each.name: runner for each, runner in opened if each.clock == "GPU, CUDA events"}
         if on_gpu:
-            turns = _take_turns(on_gpu, fed, config)
+            turns = take_turns(on_gpu, fed, config)
         captured = {name: runner.captured for name, runner in on_gpu.items()}
         timings = tuple(_timing(each, runner, fed[each.name], config, turns, captured) for each, runner in opened)
         for each, runner in opened:
@@ -105,7 +105,12 @@ def benchmark(
     return report
 
 
-def _take_turns(runners: Mapping[str, Any], fed: Mapping[str, Arrays], config: BenchmarkConfig) -> Interleaved:
+def take_turns(runners: Mapping[str, Any], fed: Mapping[str, Arrays], config: BenchmarkConfig) -> Interleaved:
+    """Latencies on the GPU of runners that take turns, each after warming up.
+
+    Args:
+        fed: inputs by runner's name.
+    """
     seconds = config.seconds / (2 * config.rounds)
 
     def turn(name: str, warm_up: float = TURN_WARM_UP * seconds) -> NDArray[np.float64]:

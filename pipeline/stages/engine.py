@@ -27,12 +27,19 @@ from pipeline.backends.options import recorded
 from pipeline.backends.registry import resolve
 from pipeline.backends.unet_definition import Quantization, UNetDefinition
 from pipeline.calibration.table import CalibrationTable, check_table, renamed, some
-from pipeline.config import Axis, EngineConfig, NetworkConfig, Precision, ProfileRange
+from pipeline.config import QUANTIZED, Axis, EngineConfig, NetworkConfig, Precision, ProfileRange
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
 from pipeline.graph.fit import axis_sizes
 from pipeline.graph.half import to_half
 from pipeline.graph.io import load_model, model_inputs, save_model, sha256_model
-from pipeline.graph.placement import activation_tensors, implicit_ranges, quantizable_tensors, shared_ranges, sites
+from pipeline.graph.placement import (
+    activation_tensors,
+    implicit_ranges,
+    quantizable,
+    quantizable_tensors,
+    shared_ranges,
+    sites,
+)
 from pipeline.graph.promises import read_multiples, read_raw_names
 from pipeline.graph.quantize import quantize
 from pipeline.graph.resampling import aligns_corners
@@ -64,7 +71,8 @@ def build_engine(
 
     Args:
         clean: the clean FP32 graph.
-        table, cache_sha256: the calibration, which INT8 needs; other precisions ignore it.
+        config: its ``exclude`` names what stays FP16 with INT8 and mixed, which differ in nothing else here.
+        table, cache_sha256: the calibration, which INT8 and mixed need; other precisions ignore it.
         card: goes into the manifest.
         folder: made where missing; what lies there under these names is replaced.
         timing_cache: file to read and update; None, or ``config.timing_cache`` off, to build without.
@@ -81,7 +89,7 @@ def build_engine(
         EngineError: the library refuses the graph.
         UnsupportedError: this machine cannot build such an engine.
     """
-    if precision == "int8" and table is None:
+    if precision in QUANTIZED and table is None:
         raise CalibrationError(
             "INT8 needs a calibration table",
             expected="ranges of the activations",
@@ -94,29 +102,34 @@ def build_engine(
     check_sizes(model, profiles)
     folder.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
-    if precision == "int8" and table is not None:
-        if route == "implicit" and config.exclude:
-            raise ConfigError(
-                "engine.exclude needs the explicit route", got="route: implicit", fix="set engine.route to explicit"
-            )
+    half: tuple[str, ...] = ()
+    built: Precision = precision
+    if precision in QUANTIZED and table is not None:
+        chosen = {node.output[0] for node in quantizable(model, config.exclude)}
+        if not chosen:  # a builder that is told of INT8 asks for ranges, which nothing needs then
+            built = "fp16"
+            notes.append("engine.exclude leaves no convolution in INT8: built as FP16")
+        elif route == "implicit":
+            half = tuple(node.name for node in quantizable(model, ()) if node.output[0] not in chosen)
         table = _fitting(table, model, sha256_model(clean), route, config, notes)
     source = clean
     if route == "explicit":
         source = folder / TYPED
-        save_model(_typed(model, precision, config, table, known), source)
+        save_model(_typed(model, built, config, table, known), source)
     if builder is None:
         return None
     definition = None
     if config.source == "network-api":
-        definition = _definition(network, model, precision, config, table, route, known)
+        definition = _definition(network, model, built, config, table, route, known)
         if route == "explicit":
             notes.append(f"{TYPED} is the ONNX twin of the network that was defined layer by layer")
     request = BuildRequest(
         model=source,
-        precision=precision,
+        precision=built,
         route=route,
         config=config,
-        table=table if route == "implicit" and precision == "int8" else None,
+        table=table if route == "implicit" and built in QUANTIZED else None,
+        half_nodes=half,
         profiles=profiles,
         timing_cache=timing_cache if config.timing_cache else None,
         define=definition,
@@ -127,7 +140,7 @@ def build_engine(
     manifest = EngineManifest(
         engine_sha256=sha256_bytes(result.plan),
         onnx_sha256=sha256_file(clean),
-        cache_sha256=cache_sha256 if precision == "int8" else None,
+        cache_sha256=cache_sha256 if precision in QUANTIZED else None,
         precision=precision,
         route=route,
         backend=builder.name,
@@ -340,11 +353,11 @@ def _definition(
             "engine.source: network-api needs the network's weights", fix="use -c CONFIG, or engine.source: onnx"
         )
     quantization = None
-    if precision == "int8" and route == "explicit" and table is not None:
+    if precision in QUANTIZED and route == "explicit" and table is not None:
         ranges = shared_ranges(model, table, config.exclude) if config.qdq == "shared" else table
         quantization = Quantization(ranges, sites(model, config.exclude, config.qdq))
     half = precision != "fp32" and route == "explicit" and known.strongly_typed
-    return UNetDefinition(load_unet(network), model, half=half, fold=precision == "int8", quantization=quantization)
+    return UNetDefinition(load_unet(network), model, half=half, fold=precision in QUANTIZED, quantization=quantization)
 
 
 def _layout(spec: TensorSpec) -> dict[Axis, int]:

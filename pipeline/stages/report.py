@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from pipeline import __version__
 from pipeline.artifacts import ModelCard
 from pipeline.config import Precision
+from pipeline.mixed.chart import chart
+from pipeline.mixed.report import MixReport
 from pipeline.presenting import bracketed, negated, number
 from pipeline.reports import BenchmarkReport, ValidationReport
 
@@ -23,6 +26,7 @@ class Inputs:
     Attributes:
         pictures: folder of a precision's masks, overlays, images and labels, as validation writes them.
         provenance: rows of name and value.
+        mixed: None where mixed precision was not asked for.
     """
 
     card: ModelCard
@@ -31,6 +35,7 @@ class Inputs:
     pictures: Mapping[Precision, Path]
     engine_bytes: Mapping[Precision, int]
     provenance: Sequence[tuple[str, str]]
+    mixed: MixReport | None = None
 
 
 def write_report(inputs: Inputs, folder: Path) -> Path:
@@ -41,7 +46,7 @@ def write_report(inputs: Inputs, folder: Path) -> Path:
     environment.globals.update(bracketed=bracketed, negated=negated, number=number)
     latency = {timing.name: timing for timing in inputs.benchmark.timings} if inputs.benchmark else {}
     page = environment.get_template("report.html.j2").render(
-        version=__version__, latency=latency, gallery=_gallery(inputs), **vars(inputs)
+        version=__version__, latency=latency, gallery=_gallery(inputs), mixed_chart=_chart(inputs), **vars(inputs)
     )
     target = folder / "index.html"
     target.write_text(page, encoding="utf-8")
@@ -63,6 +68,11 @@ def _gallery(inputs: Inputs) -> list[dict[str, str | list[tuple[str, str]]]]:
             {"name": image.stem, "views": [(title, _data_uri(path)) for title, path in views if path.is_file()]}
         )
     return rows
+
+
+def _chart(inputs: Inputs) -> Markup | None:
+    """An SVG element, whose texts are escaped."""
+    return Markup(chart(inputs.mixed)) if inputs.mixed else None
 
 
 def _data_uri(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import ClassConfig, DataConfig, Tolerance, ValidateConfig
+from pipeline.config import ALL_PRECISIONS, ClassConfig, DataConfig, Tolerance, ValidateConfig
 
 
 def classes(*categories: str | None, names: str = "abcdef") -> tuple[ClassConfig, ...]:
@@ -24,7 +24,7 @@ def test_null_judges_no_drop() -> None:
 
 
 def test_every_default_guards_single_classes() -> None:
-    for precision in ("fp32", "fp16", "int8"):
+    for precision in ALL_PRECISIONS:
         assert ValidateConfig().tolerance(precision).max_class_iou_drop is not None
 
 

@@ -1,5 +1,6 @@
 """The calibrator that serves a table, and the one that feeds images, over a fake library and GPU."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,7 +60,7 @@ def int8(route="implicit", table=TABLE):
 
 class Settings:
     def __init__(self):
-        self.flags, self.int8_calibrator = set(), None
+        self.flags, self.int8_calibrator, self.network = set(), None, None
         self.set_flag = self.flags.add
 
 
@@ -71,7 +72,7 @@ def built(monkeypatch):
 
     def build(trt, request, *, strongly_typed, adjust, timing_owner):
         assert "Old GPU" in timing_owner
-        adjust(builder, settings, None)
+        adjust(builder, settings.network, settings, None)
         settings.strongly_typed = strongly_typed
         if settings.int8_calibrator is not None and settings.ignores_cache:
             settings.int8_calibrator.get_batch(["x"])
@@ -128,6 +129,42 @@ def test_a_library_without_calibrators(trt, built):
         TensorrtBuilder().build(int8())
     with pytest.raises(UnsupportedError, match="no calibrators"):
         calibrate_with_tensorrt(None, [], "entropy", EngineConfig())
+
+
+class Layer:
+    def __init__(self, name):
+        self.name, self.precision = name, None
+
+
+class TestHalfNodes:
+    """Convolutions that stay FP16 on the implicit route."""
+
+    @pytest.fixture
+    def layers(self, trt, built):
+        trt.DataType = SimpleNamespace(HALF="HALF")
+        trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS = "OBEY"
+        layers = [Layer(name) for name in ("down0", "relu", "head")]
+        built.network = SimpleNamespace(num_layers=3, get_layer=layers.__getitem__)
+        return layers
+
+    def test_are_held_to_it(self, layers, built):
+        TensorrtBuilder().build(replace(int8(), precision="mixed", half_nodes=("head",)))
+        assert [layer.precision for layer in layers] == [None, None, "HALF"]
+        assert built.flags == {"FP16", "INT8", "OBEY"}
+
+    def test_are_not_spoken_of_where_there_are_none(self, layers, built):
+        TensorrtBuilder().build(int8())
+        assert built.flags == {"FP16", "INT8"}
+
+    def test_have_to_be_layers(self, layers):
+        with pytest.raises(EngineError, match="stay FP16 are no layers of the network: other"):
+            TensorrtBuilder().build(replace(int8(), half_nodes=("head", "other")))
+
+    def test_need_a_library_that_obeys(self, layers, trt):
+        del trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS
+        with pytest.raises(UnsupportedError, match="cannot hold single layers") as caught:
+            TensorrtBuilder().build(replace(int8(), half_nodes=("head",)))
+        assert "route: explicit" in caught.value.fix
 
 
 class TestFeeding:

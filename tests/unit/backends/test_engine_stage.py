@@ -203,10 +203,36 @@ def test_int8_without_a_table_comes_before_everything_else(clean, tmp_path):
         run(clean, "int8", None, tmp_path / "int8")
 
 
-def test_exclude_needs_the_explicit_route(use, clean, table, tmp_path):
-    use("implicit")
-    with pytest.raises(ConfigError, match="exclude needs the explicit route"):
-        run(clean, "int8", table, tmp_path / "int8", exclude=("head",))
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+def test_exclusions_on_the_implicit_route_are_handed_to_the_builder(use, clean, table, tmp_path, precision):
+    builder = use("implicit")
+    run(clean, precision, table, tmp_path / precision, exclude=("head", "down*"))
+    assert builder.requests[0].half_nodes == ("down0", "down1", "head")
+    assert builder.requests[0].precision == precision
+    assert builder.requests[0].table is not None
+
+
+def test_exclusions_on_the_explicit_route_are_in_the_graph(use, clean, table, tmp_path):
+    builder = use("explicit", strongly_typed=True)
+    manifest = run(clean, "mixed", table, tmp_path / "mixed", exclude=("head",))
+    assert builder.requests[0].half_nodes == ()
+    assert (manifest.precision, manifest.cache_sha256) == ("mixed", "c" * 64)
+    graph = onnx.load(tmp_path / "mixed" / "model.onnx").graph
+    convolutions = {node.name: node.input[1] for node in graph.node if node.op_type == "Conv"}
+    assert convolutions["head"] == "head.weight"
+    assert sum("dequant" in weight.lower() or weight != f"{n}.weight" for n, weight in convolutions.items()) == 5
+
+
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+@pytest.mark.parametrize("route", ["implicit", "explicit"])
+def test_without_a_convolution_in_int8_it_is_fp16(use, clean, table, tmp_path, route, precision):
+    """A builder that is told of INT8 asks for ranges, which nothing needs here."""
+    builder = use(route, strongly_typed=route == "explicit")
+    manifest = run(clean, precision, table, tmp_path / precision, exclude=("*",))
+    (request,) = builder.requests
+    assert (request.precision, request.table, request.half_nodes) == ("fp16", None, ())
+    assert manifest.precision == precision
+    assert "no convolution in INT8: built as FP16" in " ".join(manifest.notes)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
