@@ -161,7 +161,8 @@ def build(
         parse(trt, network, request.model)
     else:
         kept = request.define(trt, network)
-    show(network, request.shown)
+    if request.shown:
+        show(network, request.shown)
     inputs, outputs = network_specs(network, request.model)
     config = builder.create_builder_config()
     configure(trt, config, request.config)
