@@ -152,11 +152,12 @@ def export(folder: Path, name: str, weights: Path | None) -> None:
 def prepare(folder: Path, name: str, roots: Mapping[str, str], image_count: int) -> None:
     """Everything of one network that needs no GPU; ``index.json``, written last, lists the graphs."""
     import onnx
-    from variants import EDITS, as_channels_last, with_pairs_at_concat, with_shared_scales
+    from variants import EDITS, as_channels_last
 
     from pipeline.data.dataset import open_dataset
     from pipeline.data.preprocessing import preprocess
     from pipeline.graph.io import load_model, save_model
+    from pipeline.graph.placement import shared_ranges
     from pipeline.graph.quantize import quantize
 
     network, config, home = NETWORKS[name], _config(name, roots), folder / name
@@ -210,12 +211,9 @@ def prepare(folder: Path, name: str, roots: Mapping[str, str], image_count: int)
             save_model(edited, path)
             add(label, path, about, None if label in FP16_ONLY else _calibrated_like(edited, table))
     if SHARED in network.variants:
-        common = with_shared_scales(cleaned, table)
-        typed = quantize(cleaned, common, half=False)
-        add(SHARED, clean, "one range for skip, pooled skip, upsampled and their concatenation", common, typed)
-        for label, resize in (("Q/DQ at Concat", False), ("Q/DQ at Concat and Resize", True)):
-            boxed = with_pairs_at_concat(typed, resize=resize)
-            add(f"{SHARED}, {label}", clean, "common ranges, and more pairs", common, boxed)
+        about = "one range for all that a pool, resize or concatenation joins, and Q/DQ pairs there too"
+        common = shared_ranges(cleaned, table, ())
+        add(SHARED, clean, about, common, quantize(cleaned, table, half=False, qdq="shared"))
     (home / "index.json").write_text(
         json.dumps({"calibration_images": image_count, "graphs": graphs}, indent=2), encoding="utf-8"
     )

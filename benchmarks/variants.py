@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from pipeline.calibration.table import CalibrationTable
 from pipeline.graph.shapes import dims, infer, set_value_info
 
 Change = Callable[[NodeProto], "Sequence[NodeProto] | None"]
@@ -300,51 +299,6 @@ def as_channels_last(model: ModelProto) -> ModelProto:
         if result in outputs:
             nodes.append(_node("Transpose", [last(result)], [result], f"{result}.to_nchw", perm=to_first))
         return [*started, *nodes]
-
-    changed = editor.rewrite(change)
-    assert changed is not None
-    return changed
-
-
-def with_shared_scales(model: ModelProto, table: CalibrationTable) -> CalibrationTable:
-    """One range, the largest, for a Concat's output, its inputs, and the pooled forms of these inputs."""
-    amax, editor = dict(table.amax), _Editor(model)
-    for node in model.graph.node:
-        if node.op_type == "Concat":
-            pooled = [r.output[0] for t in node.input for r in editor.readers[t] if r.op_type == "MaxPool"]
-            group = [node.output[0], *node.input, *pooled]
-            amax.update(dict.fromkeys(group, max(amax[tensor] for tensor in group)))
-    return CalibrationTable(table.algorithm, amax)
-
-
-def with_pairs_at_concat(model: ModelProto, *, resize: bool) -> ModelProto:
-    """Q/DQ pairs on the inputs of Concat (and of the Resize before it), of the scale that Concat's output has.
-
-    Args:
-        model: a typed graph, with a pair on Concat's output.
-    """
-    editor = _Editor(model)
-    producers = {tensor: node for node in model.graph.node for tensor in node.output}
-    pairs: dict[str, tuple[str, str]] = {}
-    for node in model.graph.node:
-        if node.op_type == "Concat":
-            (pair,) = [r for r in editor.readers[node.output[0]] if r.op_type == "QuantizeLinear"]
-            for tensor in node.input:
-                pairs[tensor] = (pair.input[1], pair.input[2])
-                if resize and producers[tensor].op_type == "Resize":
-                    pairs[producers[tensor].input[0]] = pairs[tensor]
-
-    def change(node: NodeProto) -> Sequence[NodeProto] | None:
-        if node.op_type not in (("Concat", "Resize") if resize else ("Concat",)):
-            return None
-        nodes = []
-        for slot, tensor in enumerate(node.input):
-            if tensor in pairs:
-                whole, real = f"{tensor}.{node.name}.q", f"{tensor}.{node.name}.dq"
-                nodes.append(_node("QuantizeLinear", [tensor, *pairs[tensor]], [whole], whole))
-                nodes.append(_node("DequantizeLinear", [whole, *pairs[tensor]], [real], real))
-                node.input[slot] = real
-        return [*nodes, node]
 
     changed = editor.rewrite(change)
     assert changed is not None
