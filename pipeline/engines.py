@@ -89,15 +89,16 @@ def check_machine(path: Path, manifest: EngineManifest, version: str) -> None:
     """Compare what the engine was built with and for against the library's version and this GPU.
 
     A version-compatible engine takes later versions of its library, up to the next major one; a hardware-compatible one
-    takes every GPU from Ampere on, with any driver.
+    takes every GPU from Ampere on. A newer driver is warned of, and for hardware-compatible engines an older one too.
 
     Raises:
-        EngineError: another version of the library, another GPU or another driver.
+        EngineError: another version of the library, another GPU, or an older driver.
         UnsupportedError: no GPU, or, for engines built ahead of time, none of their targets.
     """
     if manifest.backend_version != version and not _serves(manifest, version):
         raise EngineError(
-            f"{path} was built with {manifest.backend} {manifest.backend_version}, installed is {version}", fix=REBUILD
+            f"{path} was built with {manifest.backend} {manifest.backend_version}, installed is {version}",
+            fix=f"{REBUILD}, or install {manifest.backend} {manifest.backend_version}",
         )
     here = cuda.current_device()
     if manifest.target_capabilities:
@@ -111,22 +112,36 @@ def check_machine(path: Path, manifest: EngineManifest, version: str) -> None:
     built = manifest.device
     if built is None:
         raise EngineError(f"the manifest of {path} names no GPU", expected="the GPU it was built on", fix=REBUILD)
-    if manifest.options.get("hardware_compatible") and _number(here.compute_capability) >= AMPERE:
-        return
-    pairs = [
-        ("on a", built.name, here.name),
-        ("for compute capability", built.compute_capability, here.compute_capability),
-        ("with driver", built.driver, here.driver),
-    ]
-    for what, then, now in pairs:
-        if then != now:
-            raise EngineError(f"{path} was built {what} {then}, this machine has {now}", fix=REBUILD)
+    ampere = _number(here.compute_capability) >= AMPERE
+    portable = bool(manifest.options.get("hardware_compatible"))
+    if not (portable and ampere):
+        pairs = [
+            ("on a", built.name, here.name),
+            ("for compute capability", built.compute_capability, here.compute_capability),
+        ]
+        for what, then, now in pairs:
+            if then != now:
+                raise EngineError(
+                    f"{path} was built {what} {then}, this machine has {now}",
+                    expected="a GPU of compute capability 8.0 (Ampere) or newer" if portable else "",
+                    fix=f"{REBUILD}, or elsewhere with engine.hardware_compatible: true" if ampere else REBUILD,
+                )
+    if built.driver != here.driver:
+        said = f"{path} was built with driver {built.driver}, this machine has {here.driver}"
+        if not portable and not _is_newer(here.driver, built.driver):
+            raise EngineError(said, expected=f"driver {built.driver} or newer", fix=f"{REBUILD}, or update its driver")
+        log.warning("%s; its latency may be another", said)
 
 
 def _serves(manifest: EngineManifest, version: str) -> bool:
     """Whether a version-compatible engine loads in another version of its library."""
     built, here = _number(manifest.backend_version), _number(version)
     return bool(manifest.options.get("version_compatible")) and built[:1] == here[:1] and built <= here
+
+
+def _is_newer(driver: str, other: str) -> bool:
+    """Whether a driver is newer than another; not where one names itself and the other the CUDA that it supports."""
+    return driver.startswith("CUDA") == other.startswith("CUDA") and _number(driver) > _number(other)
 
 
 def _number(version: str) -> tuple[int, ...]:

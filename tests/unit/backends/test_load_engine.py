@@ -84,8 +84,12 @@ def test_a_manifest_is_found_from_engine_folder_or_itself(engine, name):
             "was built for compute capability 8.0, this machine has 8.6",
         ),
         (
-            {"device": {"name": "Fake GPU", "compute_capability": "8.6", "driver": "535.0"}},
-            "was built with driver 535.0, this machine has 550.1",
+            {"device": {"name": "Fake GPU", "compute_capability": "8.6", "driver": "570.0"}},
+            "was built with driver 570.0, this machine has 550.1",
+        ),
+        (
+            {"device": {"name": "Fake GPU", "compute_capability": "8.6", "driver": "CUDA 12.2"}},
+            "was built with driver CUDA 12.2, this machine has 550.1",
         ),
         ({"device": None}, "names no GPU"),
         ({"engine_sha256": "0" * 64}, "is not the file that its manifest describes"),
@@ -186,14 +190,54 @@ def test_but_in_no_earlier_version_nor_the_next_major_one(engine, never_deserial
         load_engine(engine(backend_version=built, options={"version_compatible": True}))
 
 
+@pytest.mark.parametrize(("built", "here"), [("535.0", "550.1"), ("550.0.99", "550.1"), ("CUDA 12.2", "CUDA 12.10")])
+def test_a_newer_driver_is_warned_of(engine, caplog, monkeypatch, built, here):
+    monkeypatch.setattr(cuda, "current_device", lambda: Device("Fake GPU", "8.6", here))
+    load_engine(engine(device={"name": "Fake GPU", "compute_capability": "8.6", "driver": built})).close()
+    (record,) = caplog.records
+    assert f"was built with driver {built}, this machine has {here}" in record.getMessage()
+
+
+def test_the_same_machine_is_not_worth_a_word(engine, caplog):
+    load_engine(engine()).close()
+    assert not caplog.records
+
+
+def test_other_gpus_are_told_of_hardware_compatible_engines(engine, never_deserialised, monkeypatch):
+    other = {"name": "NVIDIA H200", "compute_capability": "9.0", "driver": "550.1"}
+    with pytest.raises(EngineError) as caught:
+        load_engine(engine(device=other))
+    assert "engine.hardware_compatible" in caught.value.fix
+    monkeypatch.setattr(cuda, "current_device", lambda: Device("NVIDIA T4", "7.5", "550.1"))
+    with pytest.raises(EngineError) as caught:
+        load_engine(engine(device=other))
+    assert "engine.hardware_compatible" not in caught.value.fix
+
+
 OTHER = {"name": "NVIDIA H200", "compute_capability": "9.0", "driver": "600.1"}
 
 
-def test_hardware_compatible_engines_load_on_other_gpus(engine):
+@pytest.mark.parametrize("here", ["8.0", "8.6", "12.0"])
+def test_hardware_compatible_engines_load_on_other_gpus(engine, caplog, monkeypatch, here):
+    monkeypatch.setattr(cuda, "current_device", lambda: Device("Other GPU", here, "600.1"))
     load_engine(engine(device=OTHER, options={"hardware_compatible": True})).close()
+    assert not caplog.records
+
+
+def test_with_a_warning_where_the_driver_is_older(engine, caplog):
+    load_engine(engine(device=OTHER, options={"hardware_compatible": True})).close()
+    (record,) = caplog.records
+    assert "was built with driver 600.1, this machine has 550.1" in record.getMessage()
+
+
+@pytest.mark.parametrize("changes", [{"backend_version": "8.6.0"}, {"engine_sha256": "0" * 64}])
+def test_nothing_else_is_forgiven_them(engine, never_deserialised, changes):
+    with pytest.raises(EngineError):
+        load_engine(engine(device=OTHER, options={"hardware_compatible": True}, **changes))
 
 
 def test_but_on_none_before_ampere(engine, never_deserialised, monkeypatch):
     monkeypatch.setattr(cuda, "current_device", lambda: Device("NVIDIA T4", "7.5", "550.1"))
-    with pytest.raises(EngineError, match="this machine has NVIDIA T4"):
+    with pytest.raises(EngineError, match="this machine has NVIDIA T4") as caught:
         load_engine(engine(device=OTHER, options={"hardware_compatible": True}))
+    assert "8.0 (Ampere)" in caught.value.expected
