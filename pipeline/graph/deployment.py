@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from pipeline.data.synthetic import draw_cells
 from pipeline.errors import ModelError
 from pipeline.graph.cleaning import clean_model
 from pipeline.graph.io import model_inputs, model_outputs
-from pipeline.graph.shapes import all_names, set_value_info, subgraphs, unique
+from pipeline.graph.shapes import all_names, redirect, set_value_info, unique
 from pipeline.graph.versions import with_opset
 
 Input = Literal["float", "image"]
@@ -287,7 +287,7 @@ def _take_image(model: ModelProto, spec: PreprocessingConfig) -> None:
             graph.initializer.append(numpy_helper.from_array(values.reshape(1, -1, 1, 1), sources[1]))
         head.append(onnx.helper.make_node(operator, sources, [name], name, **attributes))
         tensor = name
-    _redirect(graph, value.name, tensor)
+    redirect(graph, value.name, tensor)
     nodes = [NodeProto.FromString(node.SerializeToString()) for node in graph.node]
     del graph.node[:]
     graph.node.extend([*head, *nodes])
@@ -295,17 +295,6 @@ def _take_image(model: ModelProto, spec: PreprocessingConfig) -> None:
     channels.dim_value = spec.channel_count
     how = "any size" if spec.resize == "none" else f"resized to {spec.height}×{spec.width} ({spec.resize})"
     _declare(value, TensorProto.UINT8, (batch, height, width, channels), f"image, {spec.channels}, {how}")
-
-
-def _redirect(graph: GraphProto, old: str, new: str) -> None:
-    """Let every reader of one tensor read another, subgraphs included."""
-    for node in graph.node:
-        for slot, name in enumerate(node.input):
-            node.input[slot] = new if name == old else name
-        for inner in subgraphs(node):
-            _redirect(inner, old, new)
-            for value in inner.output:
-                value.name = new if value.name == old else value.name
 
 
 def _decide(model: ModelProto, output: Output) -> None:

@@ -125,14 +125,14 @@ class MergePads(Pass):
     """1. A Pad with zeros before a Conv becomes part of the convolution's ``pads``.
     2. A Pad with zeros before an AveragePool becomes part of its ``pads``, which it counts from then on.
     3. A Pad before a MaxPool becomes part of its ``pads`` where the value is -inf, or where it is at most 0 and a Relu
-       comes before the Pad: every window holds a value that is not smaller.
+       comes before the Pad: every window holds a value that is not smaller. So does one of mode edge, as Keras on torch
+       has it: a window that reaches beyond the edge holds the edge too.
     4. Of two Pads in a row with the same value, the second pads the sum of both.
     5. A Pad that lost its last reader to these rules goes. The readers of a Pad are looked at one by one.
 
-    Not: computed widths or values, negative widths (they crop), modes other than constant, padding of the batch or
-    channels, ConvTranspose (its ``pads`` crop), ``auto_pad`` other than NOTSET. Pools: not with ``ceil_mode``,
-    dilations or padding as wide as the kernel; an AveragePool that pads already without counting it; a MaxPool that
-    gives indices.
+    Not: computed widths or values, negative widths (they crop), other modes, padding of the batch or channels,
+    ConvTranspose (its ``pads`` crop), ``auto_pad`` other than NOTSET. Pools: not with ``ceil_mode``, dilations or
+    padding as wide as the kernel; an AveragePool that pads already without counting it; a MaxPool that gives indices.
     """
 
     name = "merge-pads"
@@ -144,10 +144,11 @@ class MergePads(Pass):
         taken = names_in(graph) if pads else set()
         fired: list[Fired] = []
         for node in pads:
-            value, spans = pad_value(node), _growing(pad_spans(node))
+            edge = node.attrs.get("mode") == "edge"
+            value, spans = -np.inf if edge else pad_value(node), _growing(pad_spans(node))
             if value is None or spans is None:
                 continue
-            merged = self._merge(graph, node, value, spans, taken)
+            merged = None if edge else self._merge(graph, node, value, spans, taken)
             if merged is not None:
                 fired.append(("pad-of-pad", label(node)))
                 spans = merged

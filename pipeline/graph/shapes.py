@@ -116,6 +116,17 @@ def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return single + [graph for attribute in node.attribute for graph in attribute.graphs]
 
 
+def redirect(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Let every reader of one tensor read another, subgraphs included; the graph's own outputs stay."""
+    for node in graph.node:
+        for slot, name in enumerate(node.input):
+            node.input[slot] = new if name == old else name
+        for inner in subgraphs(node):
+            redirect(inner, old, new)
+            for value in inner.output:
+                value.name = new if value.name == old else value.name
+
+
 def listed(names: Sequence[str], shown: int = 5) -> str:
     """The first names and how many more there are."""
     rest = len(names) - shown

@@ -20,6 +20,7 @@ from pipeline.artifacts import ModelCard, TensorSpec, sha256_file, to_json
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.config import ExportConfig, NetworkConfig
 from pipeline.errors import CheckFailed, ModelError
+from pipeline.graph.adoption import adopt
 from pipeline.graph.io import load_model, model_inputs, model_outputs, opset, save_model, write_card
 from pipeline.networks import build_network
 
@@ -69,7 +70,7 @@ def export(
     target = folder / "model.onnx"
     errors: tuple[float, float] | None = None
     if network.onnx is not None:
-        model = load_model(network.onnx)
+        model = adopt(load_model(network.onnx), card)
         source = str(network.onnx)
     else:
         module = build_network(network)
@@ -187,7 +188,7 @@ def _check_segmentation(model: onnx.ModelProto, card: ModelCard, source: str) ->
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].dtype != "float32":
         raise ModelError(
             f"{source} takes other inputs than one image batch",
-            expected="one float32 input (N, C, H, W)",
+            expected="one float32 input (N, C, H, W), or (N, H, W, C) in an ONNX file",
             got=", ".join(f"{i.name} {i.dtype} {i.shape}" for i in inputs) or "none",
         )
     fixed = inputs[0].shape[1:]

@@ -23,8 +23,9 @@ def write(folder: Path, **changes: object) -> Path:
 def test_shipped_configs_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISBI_ROOT", "/data/isbi")
     monkeypatch.setenv("CAMVID_ROOT", "/data/camvid")
+    monkeypatch.setenv("KERAS_ONNX", "/data/unet.onnx")
     names = {load_config(path).name for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert {"cells", "isbi", "camvid", "wts"} <= names
+    assert {"cells", "isbi", "camvid", "wts", "keras"} <= names
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:

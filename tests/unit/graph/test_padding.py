@@ -178,6 +178,30 @@ def test_a_maximum_does_not_see_what_is_small(value: float, rectified: bool) -> 
     ]
 
 
+@pytest.mark.parametrize("strides", [[1, 1], [2, 2], [3, 1]])
+def test_a_maximum_sees_the_edge_once(strides: list[int]) -> None:
+    nodes = [
+        pad("x", "p", mode="edge"),
+        node("MaxPool", ["p"], ["y"], name="pool", kernel_shape=[2, 3], strides=strides),
+    ]
+    merged = alike(net(nodes, {"pads": WIDTHS}), MergePads())
+    assert ops(merged) == ["MaxPool"]
+    assert attribute(merged, "pads") == [1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        node("Conv", ["p", "w"], ["y"], name="conv"),
+        node("AveragePool", ["p"], ["y"], name="pool", kernel_shape=[3, 3]),
+        node("MaxPool", ["p"], ["y"], name="pool", kernel_shape=[2, 2]),
+    ],
+    ids=["convolution", "average", "a window beyond the edge"],
+)
+def test_others_see_the_edge_more_often(reader: NodeProto) -> None:
+    stays(net([pad("x", "p", mode="edge"), reader], {"pads": WIDTHS}), MergePads())
+
+
 @pytest.mark.parametrize(
     ("first", "value", "attributes"),
     [
