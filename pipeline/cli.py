@@ -206,6 +206,7 @@ def clean(
             output = work.clean()
         result = from_json(CleaningReport, output.with_name("report.json"))
     else:
+        _without_config(model, config, overrides)
         output = _required(output, "-o CLEAN.onnx")
         promised = ProfileRange(min=multiple_of, opt=4 * multiple_of, max=8 * multiple_of, multiple_of=multiple_of)
         profiles = {"height": promised, "width": promised} if multiple_of > 1 else {}
@@ -267,6 +268,7 @@ def calibrate(
             target = work.calibrate()
         result = from_json(CalibrationReport, target.with_name("report.json"))
     else:
+        _without_config(model, config, overrides)
         card = _card_of(model)
         dataset = image_folder(_required(images, "--images DIR"), card.preprocessing.channels)
         inputs = [*model_files(model), *itertools.chain.from_iterable(dataset.files.values())]
@@ -313,6 +315,7 @@ def engine(
     from pipeline.graph.io import load_model, model_files, read_card
     from pipeline.stages.engine import build_engine_file
 
+    _without_config(model, config, overrides)
     (chosen, *others) = (_precision(name) for name in _required(precision, "-p PRECISION"))
     if others:
         raise ConfigError("one file is built at a time", expected="one -p", got=" ".join(precision or ()))
@@ -370,6 +373,7 @@ def validate(
         from pipeline.errors import ConfigError
 
         raise ConfigError("--layers needs a configuration", expected="-c CONFIG", got=str(model))
+    _without_config(model, config, overrides)
     candidate = _required(engine, "--engine FILE")
     _validate_files(model, candidate, _required(images, "--images DIR"), labels, output, json)
 
@@ -586,6 +590,19 @@ def _precision(name: str) -> Precision:
 
 def _precisions(config: Config, names: Sequence[str] | None) -> tuple[Precision, ...]:
     return tuple(dict.fromkeys(_precision(name) for name in names)) if names else config.engine.precisions
+
+
+def _without_config(model: Path, config: Path | None, overrides: list[str] | None) -> None:
+    """A model file is worked on without a configuration: one beside it would be ignored."""
+    from pipeline.errors import ConfigError
+
+    if config is not None or overrides:
+        raise ConfigError(
+            f"the model file {model} comes with a configuration",
+            expected="either the file or -c CONFIG; --set belongs to the latter",
+            got=" ".join(["-c"] * (config is not None) + ["--set"] * bool(overrides)),
+            fix="write a configuration with network.onnx, or leave these options out",
+        )
 
 
 def _required(value: Any, option: str) -> Any:

@@ -45,6 +45,14 @@ def test_unknown_precision_and_backend(project: Project, unet_trt: Command) -> N
     fails(unet_trt("run", "-c", project.config, "--backend", "openvino"), 2, "engine.backend", "tensorrt-rtx")
 
 
+@pytest.mark.parametrize("command", ["clean", "calibrate", "engine", "validate"])
+def test_a_model_file_beside_a_configuration(command: str, tmp_path: Path, unet_trt: Command) -> None:
+    onnx.save(conv_net(), tmp_path / "net.onnx")
+    result = unet_trt(command, tmp_path / "net.onnx", "-o", tmp_path / "out", "--set", "engine.tf32=true")
+    fails(result, 2, "net.onnx comes with a configuration", "--set belongs to the latter")
+    assert not (tmp_path / "out").exists()
+
+
 def test_usage_error(unet_trt: Command) -> None:
     result = unet_trt("frobnicate")
     assert result.code == 2
