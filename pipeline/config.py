@@ -329,7 +329,7 @@ class ValidateConfig(Strict):
     """Which images judge an engine, and the bounds."""
 
     images: int | None = Field(None, gt=0, description="the first N validation images; default: all")
-    pictures: int = Field(4, ge=0, description="images whose masks and overlays are written")
+    pictures: int = Field(4, ge=0, description="images whose masks and overlays are written; the page shows as many")
     saved_runs: int = Field(2, ge=0, description="images whose raw outputs are saved as Polygraphy JSON")
     boundary_tolerance: float = Field(
         0.0075, gt=0, le=0.1, description="share of the image's diagonal by which outlines may differ"

@@ -19,7 +19,7 @@ from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.errors import CalibrationError, ModelError
 from pipeline.graph.emulate import exactly_rounded, overflowing
 from pipeline.graph.placement import activation_tensors, is_convolution
-from pipeline.graph.shapes import dims, infer
+from pipeline.graph.shapes import dims, infer_at
 
 Opener = Callable[[Sequence[str]], AbstractContextManager[Runner]]
 # A tensor is where the error jumps when it has this much less SQNR than the worst tensor that it is made from; and one
@@ -174,13 +174,7 @@ def _with_outputs(model: ModelProto, tensors: Sequence[str]) -> OnnxRuntimeRunne
 
 def _groups(model: ModelProto, tensors: Sequence[str], feed: Arrays, limit: float) -> Iterator[list[str]]:
     """The tensors in order, in groups of at most ``limit`` bytes (one may exceed it alone)."""
-    fixed = ModelProto()
-    fixed.CopyFrom(model)
-    for value in fixed.graph.input:
-        for dim, size in zip(value.type.tensor_type.shape.dim, feed[value.name].shape, strict=True):
-            dim.dim_value = size
-    del fixed.graph.output[:]  # as an output, a tensor would keep the size that is declared
-    values = infer(fixed)
+    values = infer_at(model, {name: array.shape for name, array in feed.items()})
     group: list[str] = []
     used = 0
     for tensor in tensors:

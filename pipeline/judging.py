@@ -450,7 +450,8 @@ def _worst(values: Mapping[str, float], *, lowest: bool = False) -> list[Offende
 
 def _at_least(name: str, figure: Figures, bound: float, images: Mapping[str, float]) -> Check:
     value, offenders = _finite(float(figure)), _worst(images, lowest=True)
-    return Check(name, value, bound, value is not None and value >= bound, _image(offenders), tuple(offenders))
+    passed = value is not None and value >= bound
+    return Check(name, value, bound, passed, _image(offenders), tuple(offenders), at_least=True)
 
 
 def _at_most(name: str, figure: float | None, bound: float, offenders: Sequence[Offender]) -> Check:

@@ -65,6 +65,12 @@ def number(value: float | None, form: str = ".4f") -> str:
     return ABSENT if value is None else format(value, form)
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """A share in percent; one that rounds to nothing as less than the last digit."""
+    least = 10.0**-digits
+    return f"<{least:.{digits}f} %" if 0 < 100 * share < least / 2 else f"{100 * share:.{digits}f} %"
+
+
 def bracketed(value: float | None, interval: Interval | None, form: str = ".4f") -> str:
     """A figure with its interval, where it has one."""
     bounds = "" if interval is None else f" [{interval.low:{form}}, {interval.high:{form}}]"

@@ -54,6 +54,7 @@ class Check:
 
     Attributes:
         offenders: the worst first, three at most; of a class its worst image, with the class's figure.
+        at_least: whether the bound has to be reached; otherwise it must not be exceeded.
     """
 
     name: str
@@ -62,10 +63,22 @@ class Check:
     passed: bool
     worst_image: str | None = None
     offenders: tuple[Offender, ...] = ()
+    at_least: bool = False
 
     @property
     def shown(self) -> str:
         return "not finite" if self.value is None else f"{self.value:.5g}"
+
+    @property
+    def used(self) -> float | None:
+        """Share of the budget that is used up, 0 or more; None where the figure is not finite or nothing is allowed.
+
+        What has to reach a bound is a share, so its budget is what the bound lacks of 1.
+        """
+        if self.value is None:
+            return None
+        spent, allowed = (1 - self.value, 1 - self.bound) if self.at_least else (self.value, self.bound)
+        return max(spent, 0.0) / allowed if allowed > 0 else None
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,37 @@ class ValidationReport:
         if self.output == "labels":
             return "labels only"
         return "not finite" if self.max_abs_error is None else f"{self.max_abs_error:.3g} of {self.logit_range:.3g}"
+
+
+@dataclass(frozen=True)
+class PicturedImage:
+    """One validation image as the page shows it, all files of one size.
+
+    Attributes:
+        width, height: of the files; every ``reduced``-th pixel of the image.
+        views: files by "image", "label", "reference" (FP32's mask) and precision.
+        marks: by precision, the map of flipped pixels, of which none is lost by reduction.
+        flipped, near_ties: pixels whose class is not FP32's by precision, as in ``Flips``; near-ties are unknown (None)
+            for labels.
+        pixels: of the network's mask.
+    """
+
+    name: str
+    width: int
+    height: int
+    reduced: int
+    views: dict[str, str]
+    marks: dict[Precision, str]
+    flipped: dict[Precision, int]
+    near_ties: dict[Precision, int | None]
+    pixels: int
+
+
+@dataclass(frozen=True)
+class PicturesReport:
+    """The images in which a precision agrees least with FP32, the worst first."""
+
+    images: tuple[PicturedImage, ...]
 
 
 @dataclass(frozen=True)

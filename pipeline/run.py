@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pydantic import BaseModel
 from pydantic.dataclasses import dataclass
 
 from pipeline.artifacts import (
     SCHEMA_VERSION,
+    EngineManifest,
     ModelCard,
     build_lock,
     from_json,
@@ -38,10 +39,10 @@ from pipeline.artifacts import (
     tool_version,
     write_atomically,
 )
-from pipeline.config import QUANTIZED, Config, EngineConfig, Precision
+from pipeline.config import PATH_KEYS, QUANTIZED, Config, EngineConfig, Precision
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.errors import BuildFolderError, CheckFailed, ConfigError, DataError, PipelineError, UnsupportedError
-from pipeline.reports import BenchmarkReport, Candidate, ValidationReport
+from pipeline.reports import BenchmarkReport, Candidate, PicturesReport, ValidationReport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,8 +53,10 @@ if TYPE_CHECKING:
     from pipeline.calibration.table import CalibrationTable
     from pipeline.data.dataset import Sample
     from pipeline.drift import DriftReport
+    from pipeline.graph.levels import Block
     from pipeline.mixed.report import MixReport
     from pipeline.stages.mix import Timer
+    from pipeline.stages.report import Provenance
 
 log = logging.getLogger(__name__)
 # Images on which tensors are compared layer by layer.
@@ -78,6 +81,14 @@ class RunRecord:
     config: str
     stages: dict[str, StageRecord]
     schema_version: int = field(default=SCHEMA_VERSION)
+
+
+class _Origin(TypedDict):
+    """What a stage is made from and with, as ``Run._stage`` takes it."""
+
+    config: Sequence[Any]
+    parents: Mapping[str, str | None]
+    tools: Sequence[str]
 
 
 class Run:
@@ -338,14 +349,30 @@ class Run:
                 report = drift(clean, graph, shown, feeds, what.ran, limit=math.inf, engine=opens)
             write_atomically(folder / "report.json", to_json(report))
 
-        target = self._stage(
-            f"layers/{precision}",
-            make,
-            config=[self.config.preprocessing, what.ran],
-            parents={"clean": _hash(cleaned), "model": what.model_sha256, "images": dataset.fingerprint()},
-            tools=("onnxruntime",),
-        )
+        target = self._stage(f"layers/{precision}", make, **self._of_layers(precision))
         return from_json(DriftReport, target / "report.json")
+
+    def known_layers(self, precision: Precision) -> DriftReport | None:
+        """The report of ``layers``, where it was made and nothing has changed since."""
+        from pipeline.drift import DriftReport
+
+        name = f"layers/{precision}"
+        if name not in self.record.stages or not self._is_current(name, **self._of_layers(precision)):
+            return None
+        return from_json(DriftReport, self.folder / name / "report.json")
+
+    def _of_layers(self, precision: Precision) -> _Origin:
+        what, _ = self._candidate(precision, self.engine(precision))
+        images = self._validation().first(LAYER_IMAGES)
+        return {
+            "config": [self.config.preprocessing, what.ran],
+            "parents": {
+                "clean": _hash(self.clean()),
+                "model": what.model_sha256,
+                "images": images.fingerprint(),
+            },
+            "tools": ("onnxruntime",),
+        }
 
     def benchmark(self, precisions: Sequence[Precision]) -> BenchmarkReport:
         """Latencies of what runs here. Timings are facts of their moment, but are kept while nothing changes.
@@ -404,35 +431,87 @@ class Run:
         )
         return from_json(BenchmarkReport, target_folder / "report.json")
 
+    def pictures(self, precisions: Sequence[Precision]) -> Path:
+        """The folder of pictures: the validation images on which a precision agrees least with FP32."""
+        from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+        from pipeline.stages.pictures import draw
+
+        cleaned, dataset, settings = self.clean(), self._validation(), self.config.validate_
+        found = {precision: self._candidate(precision, self.engine(precision)) for precision in precisions}
+        agreement = dict.fromkeys(dataset.names, 1.0)
+        for precision in precisions:
+            for image in self.validate(precision).images:
+                agreement[image.name] = min(agreement[image.name], image.agreement)
+        worst = sorted(dataset.names, key=lambda name: agreement[name])[: settings.pictures]
+        # FP32, emulated, is the reference itself.
+        drawn = {p: opens for p, (what, opens) in found.items() if not (p == "fp32" and what.emulated)}
+
+        def make(folder: Path) -> None:
+            with contextlib.ExitStack() as stack:
+                reference = stack.enter_context(OnnxRuntimeRunner(cleaned))
+                runners = {precision: stack.enter_context(opens()) for precision, opens in drawn.items()}
+                samples = (dataset.load(name) for name in worst)
+                draw(reference, runners, samples, len(worst), self.card, settings.near_tie, folder)
+
+        return self._stage(
+            "pictures",
+            make,
+            config=[settings.near_tie, self.card, worst, list(drawn)],
+            parents={
+                "clean": _hash(cleaned),
+                "images": dataset.fingerprint(),
+                **{precision: what.model_sha256 for precision, (what, _) in found.items()},
+            },
+            tools=("onnxruntime", "pillow"),
+        )
+
     def report(self, precisions: Sequence[Precision]) -> Path:
         """The HTML page."""
+        from pipeline.calibration.report import CalibrationReport
+        from pipeline.cleaning_report import CleaningReport
         from pipeline.stages.report import Inputs, write_report
 
         # What this machine lacks is said before the first minute of work, not after it.
         for precision in precisions:
             self._resolved(precision)
         validations = {precision: self.validate(precision) for precision in precisions}
-        timings = self.benchmark(precisions)
-        engines = {p: self.folder / "engine" / p / "model.engine" for p in precisions}
-        built = {p: file for p, file in engines.items() if file.is_file()}
-        inputs = Inputs(
-            card=self.card,
-            validations=validations,
-            benchmark=timings,
-            pictures={p: self.folder / "validate" / p for p in precisions},
-            engine_bytes={p: file.stat().st_size for p, file in built.items()},
-            provenance=self._provenance(),
-            mixed=self.mix() if "mixed" in precisions else None,
-        )
-        reports = [f"validate/{p}/report.json" for p in precisions]
-        if "mixed" in precisions:
-            reports.append("mixed/report.json")
+        timings, pictures = self.benchmark(precisions), self.pictures(precisions)
+        layers = {p: found for p in precisions if (found := self.known_layers(p)) is not None}
+        engines = {precision: self.folder / "engine" / precision for precision in precisions}
+        built = {p: folder for p, folder in engines.items() if (folder / "model.engine").is_file()}
+        names = ["clean", "benchmark", "pictures", *(f"validate/{p}" for p in precisions)]
+        names += [*(["calibrate"] if set(QUANTIZED) & set(precisions) else []), *(f"layers/{p}" for p in layers)]
+        names += ["mixed"] if "mixed" in precisions else []
+        reports = {f"{name}/report.json": sha256_file(self.folder / name / "report.json") for name in names}
+        provenance = self._provenance(reports)
+
+        def make(folder: Path) -> None:
+            blocks, planned = self._blocks(engines)
+            calibration = self.folder / "calibrate" / "report.json"
+            inputs = Inputs(
+                card=self.card,
+                validations=validations,
+                benchmark=timings,
+                pictures=from_json(PicturesReport, pictures / "report.json"),
+                pictures_folder=pictures,
+                manifests={p: from_json(EngineManifest, folder / "manifest.json") for p, folder in built.items()},
+                engine_bytes={p: (folder / "model.engine").stat().st_size for p, folder in built.items()},
+                cleaning=from_json(CleaningReport, self.folder / "clean" / "report.json"),
+                calibration=from_json(CalibrationReport, calibration) if set(QUANTIZED) & set(precisions) else None,
+                layers=layers,
+                blocks=blocks,
+                planned=planned,
+                provenance=provenance,
+                mixed=self.mix() if "mixed" in precisions else None,
+            )
+            write_report(inputs, folder)
+
         return (
             self._stage(
                 "report",
-                lambda folder: write_report(inputs, folder),
-                config=[list(precisions)],
-                parents={name: _hash(self.folder / name) for name in [*reports, "benchmark/report.json"]},
+                make,
+                config=[list(precisions), provenance.config],
+                parents={**reports, **provenance.models},
                 tools=("jinja2",),
             )
             / "index.html"
@@ -623,13 +702,29 @@ class Run:
         twin = " on the ONNX twin" if self.config.engine.source == "network-api" else ""
         return f"ONNX Runtime {importlib.metadata.version('onnxruntime')}{twin}"
 
-    def _provenance(self) -> list[tuple[str, str]]:
-        rows = [
-            (f"{name}/{file}", sha) for name, stage in self.record.stages.items() for file, sha in stage.outputs.items()
-        ]
-        models = [(name, sha) for name, sha in rows if name.endswith((".onnx", ".cache", ".engine"))]
+    def _blocks(self, engines: Mapping[Precision, Path]) -> tuple[tuple[Block, ...], dict[Precision, dict[str, str]]]:
+        """The clean graph's blocks at the configured size, and what the typed graphs' convolutions compute in."""
+        import numpy as np
+
+        from pipeline.backends.base import feed_image
+        from pipeline.graph.io import load_model, model_inputs
+        from pipeline.graph.levels import blocks, convolution_precisions
+
+        model, size = load_model(self.clean()), self.config.preprocessing
+        blank = np.zeros((size.height, size.width, size.channel_count), np.uint8)
+        feeds = feed_image(model_inputs(model)[0], blank, size)
+        shapes = {name: array.shape for name, array in feeds.items()}
+        typed = {precision: folder / "model.onnx" for precision, folder in engines.items()}
+        planned = {p: convolution_precisions(load_model(file)) for p, file in typed.items() if file.is_file()}
+        return blocks(model, shapes), planned
+
+    def _provenance(self, reports: dict[str, str]) -> Provenance:
+        from pipeline.stages.report import Provenance
+
+        files = {f"{name}/{f}": sha for name, stage in self.record.stages.items() for f, sha in stage.outputs.items()}
+        models = {name: sha for name, sha in files.items() if name.endswith((".onnx", ".cache", ".engine"))}
         tools = {tool: v for stage in self.record.stages.values() for tool, v in stage.tools.items() if v}
-        return [*models, *sorted(tools.items())]
+        return Provenance(models, reports, dict(sorted(tools.items())), _as_yaml(self.config))
 
     def _stage(
         self,
@@ -645,10 +740,7 @@ class Run:
         target = self.folder / name
         if name in self._settled:
             return target
-        key = sha256_json([name, [_plain(part) for part in config], dict(parents), _own_source()])
-        versions = {tool: tool_version(tool) for tool in tools}
-        old = self.record.stages.get(name)
-        if not self.force and old is not None and self._unchanged(old, key, versions, target):
+        if not self.force and self._is_current(name, config=config, parents=parents, tools=tools):
             log.info("%s: unchanged, reused", name)
         else:
             log.info("%s: running", name)
@@ -661,17 +753,23 @@ class Run:
             outputs = {str(path.relative_to(target)): sha256_file(path) for path in files}
             made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             if keep(target):
+                key, versions = _key(name, config, parents), {tool: tool_version(tool) for tool in tools}
                 self._remember(name, StageRecord(key, versions, outputs, seconds, made))
             log.info("%s: done in %.1f s", name, seconds)
         self._settled.add(name)
         return target
 
-    def _unchanged(self, old: StageRecord, key: str, versions: Mapping[str, str | None], target: Path) -> bool:
-        tools = all(version in (None, old.tools.get(tool)) for tool, version in versions.items())
-        return (
-            old.key == key
-            and tools
-            and all((target / f).is_file() and sha256_file(target / f) == sha for f, sha in old.outputs.items())
+    def _is_current(
+        self, name: str, *, config: Sequence[Any], parents: Mapping[str, str | None], tools: Sequence[str]
+    ) -> bool:
+        """Whether what is on record was made from the same, with the same tools, and lies there as it was made."""
+        old = self.record.stages.get(name)
+        if old is None or old.key != _key(name, config, parents):
+            return False
+        versions = {tool: tool_version(tool) for tool in tools}
+        files = {self.folder / name / file: sha for file, sha in old.outputs.items()}
+        return all(version in (None, old.tools.get(tool)) for tool, version in versions.items()) and all(
+            file.is_file() and sha256_file(file) == sha for file, sha in files.items()
         )
 
     def _remember(self, name: str, stage: StageRecord | None) -> None:
@@ -680,6 +778,10 @@ class Run:
             stages[name] = stage
         self.record = RunRecord(self.config.name, stages)
         write_atomically(self.folder / "run.json", to_json(self.record))
+
+
+def _key(name: str, config: Sequence[Any], parents: Mapping[str, str | None]) -> str:
+    return sha256_json([name, [_plain(part) for part in config], dict(parents), _own_source()])
 
 
 def _plain(part: Any) -> Any:
@@ -696,6 +798,18 @@ def _plain(part: Any) -> Any:
 
 def _leaving_out(settings: EngineConfig, patterns: Sequence[str]) -> EngineConfig:
     return settings.model_copy(update={"exclude": tuple(patterns)})
+
+
+def _as_yaml(config: Config) -> str:
+    """What the configuration names, overrides included; paths below the current folder are relative to it."""
+    import yaml
+
+    named = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for key in PATH_KEYS:
+        section, name = key.split(".")
+        if named[section].get(name):
+            named[section][name] = named[section][name].removeprefix(f"{Path.cwd()}{os.sep}")
+    return yaml.safe_dump(named, sort_keys=False, allow_unicode=True)
 
 
 def _hash(path: Path | None) -> str | None:

@@ -13,6 +13,7 @@ from pipeline.config import Algorithm, CalibrateConfig
 
 # For tensors of zeros, which any scale represents: 2^-14 is the smallest normal FP16 number.
 ZERO_AMAX = 127 * 2.0**-14
+SHOWN_BINS = 64
 
 
 def choose_ranges(
@@ -31,5 +32,11 @@ def _choose(histogram: Histogram, algorithm: Algorithm, config: CalibrateConfig,
     if amax < 127 * np.finfo(np.float32).tiny:
         amax = ZERO_AMAX
     return TensorRange(
-        histogram.tensor, amax, images, histogram.minimum, histogram.maximum, histogram.share_above(amax)
+        tensor=histogram.tensor,
+        amax=amax,
+        images=images,
+        minimum=histogram.minimum,
+        maximum=histogram.maximum,
+        clipped=histogram.share_above(amax),
+        histogram=tuple(np.rint(histogram.resampled(SHOWN_BINS)).astype(int).tolist()),
     )

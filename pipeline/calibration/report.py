@@ -21,6 +21,7 @@ class TensorRange:
         clipped: share of values with |value| > amax, 0…1.
         images: how many were seen.
         minimum, maximum, clipped: None where TensorRT calibrated.
+        histogram: values by |value| in 64 equal bins over [0, largest |value|]; empty where TensorRT calibrated.
     """
 
     tensor: str
@@ -29,6 +30,12 @@ class TensorRange:
     minimum: float | None = None
     maximum: float | None = None
     clipped: float | None = None
+    histogram: tuple[int, ...] = ()
+
+    @property
+    def largest(self) -> float | None:
+        """Largest |value| seen."""
+        return None if self.minimum is None or self.maximum is None else max(-self.minimum, self.maximum, 0.0)
 
 
 @dataclass(frozen=True)

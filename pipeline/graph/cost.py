@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from onnx import ModelProto, NodeProto, ValueInfoProto
+from onnx import ModelProto, NodeProto
 
 from pipeline.errors import ModelError
-from pipeline.graph.shapes import Dims, dims, infer
+from pipeline.graph.shapes import Dims, dims, infer_at
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 
@@ -33,18 +33,8 @@ def convolution_macs(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> 
 
 def tensor_shapes(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> dict[str, Dims | None]:
     """Shape of every tensor, initializers too, for inputs of these shapes; what does not follow keeps names or None."""
-    fixed = ModelProto()
-    fixed.CopyFrom(model)
-    for value in fixed.graph.input:
-        _fix(value, shapes.get(value.name))
-    del fixed.graph.output[:]  # their declared shapes would stand, with the names of free axes
-    known = {name: dims(value) for name, value in infer(fixed).items()}
+    known = {name: dims(value) for name, value in infer_at(model, shapes).items()}
     return known | {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-
-
-def _fix(value: ValueInfoProto, shape: Sequence[int] | None) -> None:
-    for axis, size in zip(value.type.tensor_type.shape.dim, shape or (), strict=False):
-        axis.dim_value = size
 
 
 def _macs(node: NodeProto, known: Mapping[str, Dims | None]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import onnx
@@ -43,6 +43,17 @@ def infer(model: ModelProto) -> dict[str, ValueInfoProto]:
         if value.name not in initializers:
             result.setdefault(value.name, value)
     return result
+
+
+def infer_at(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> dict[str, ValueInfoProto]:
+    """As ``infer``, for inputs of these shapes by name; a missing one is taken as the graph has it."""
+    fixed = ModelProto()
+    fixed.CopyFrom(model)
+    for value in fixed.graph.input:
+        for axis, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+            axis.dim_value = size
+    del fixed.graph.output[:]  # their declared shapes would stand, with the names of free axes
+    return infer(fixed)
 
 
 def problem(model: ModelProto) -> str:

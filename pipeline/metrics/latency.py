@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
 CONFIDENCE = 0.95
+LATENCY_BINS = 32
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LatencySummary:
-    """Of ``count`` latencies, all in milliseconds."""
+    """Of ``count`` latencies, all in milliseconds.
+
+    Attributes:
+        counts: of latencies in 32 equal bins from ``min_ms`` to ``p99_ms``; what is slower is in none. Empty where the
+            two are equal.
+    """
 
     count: int
     mean_ms: float
@@ -38,6 +44,7 @@ class LatencySummary:
     p99_ms: float
     min_ms: float
     max_ms: float
+    counts: tuple[int, ...] = ()
 
 
 def summarise(milliseconds: NDArray[np.floating]) -> LatencySummary:
@@ -49,14 +56,17 @@ def summarise(milliseconds: NDArray[np.floating]) -> LatencySummary:
     if not milliseconds.size:
         raise ValueError("no latencies to summarise")
     p50, p90, p99 = (float(v) for v in np.percentile(milliseconds, (50, 90, 99)))
+    low = float(milliseconds.min())
+    counts = np.histogram(milliseconds, LATENCY_BINS, (low, p99))[0] if low < p99 else np.zeros(0, np.int64)
     return LatencySummary(
         milliseconds.size,
         float(milliseconds.mean()),
         p50,
         p90,
         p99,
-        float(milliseconds.min()),
+        low,
         float(milliseconds.max()),
+        tuple(counts.tolist()),
     )
 
 

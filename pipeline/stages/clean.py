@@ -10,22 +10,20 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 
 from onnx import ModelProto
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 
-from pipeline.artifacts import SCHEMA_VERSION, to_json, write_atomically
+from pipeline.artifacts import to_json, write_atomically
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
-from pipeline.backends.parsing import ParserVerdict, parse_verdict
+from pipeline.backends.parsing import parse_verdict
+from pipeline.cleaning_report import CleaningReport, Equality, PassReport
 from pipeline.config import ProfileRange
 from pipeline.errors import CheckFailed, ModelError
 from pipeline.graph.base import Pass, PassRun
 from pipeline.graph.cleaning import clean_model, clean_passes
 from pipeline.graph.deployment import BakedEquality, Input, Output, bake, check_baked
-from pipeline.graph.findings import Finding, refusals
+from pipeline.graph.findings import refusals
 from pipeline.graph.io import (
     DATA_SUFFIX,
     load_model,
@@ -38,7 +36,7 @@ from pipeline.graph.io import (
     write_model,
 )
 from pipeline.graph.promises import write_multiples
-from pipeline.trials import INPUTS, SEED, SIZES, Trial, Trials, structured_input
+from pipeline.trials import INPUTS, SEED, SIZES, Trials, structured_input
 
 __all__ = ["CleaningReport", "Equality", "PassReport", "clean", "structured_input"]
 
@@ -46,73 +44,6 @@ log = logging.getLogger(__name__)
 
 SHOWN = 5
 WAY_OUT = "change the network where the node is made, or export it differently"
-STRICT = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
-
-
-@dataclass(frozen=True, config=STRICT)
-class PassReport:
-    """What one execution of a pass did; ``fired`` holds (rule, node or tensor name)."""
-
-    name: str
-    round: int
-    modified: bool
-    fired: tuple[tuple[str, str], ...]
-    seconds: float
-
-
-@dataclass(frozen=True, config=STRICT)
-class Equality:
-    """Certificate that raw and clean graph compute the same, both on ONNX Runtime without its own optimizations.
-
-    Attributes:
-        trials: every size that was compared, with its error.
-        refused: dynamic shapes that the raw graph itself cannot run; nothing is compared there.
-        inputs, sizes: how values and sizes were chosen.
-        max_abs_error: max |raw - clean| over outputs and trials.
-        max_relative_error: max over outputs and trials of max |raw - clean| / max |raw|.
-        tolerance: bound on ``max_relative_error``.
-        guilty: the pass that broke equality; None where it holds.
-    """
-
-    trials: tuple[Trial, ...]
-    refused: tuple[dict[str, tuple[int, ...]], ...]
-    seed: int
-    inputs: str
-    sizes: str
-    max_abs_error: float
-    max_relative_error: float
-    tolerance: float
-    passed: bool
-    guilty: str | None = None
-
-    @property
-    def shapes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
-        return tuple(trial.shapes for trial in self.trials)
-
-
-@dataclass(frozen=True, config=STRICT)
-class CleaningReport:
-    """Result of ``clean``; ``clean_sha256`` is None where the check failed and nothing was written.
-
-    Attributes:
-        raw_sha256, clean_sha256: over the file, and the file of its external data where there is one.
-        parser: what TensorRT's parser says of the clean graph.
-        peak_memory_mib: the largest resident size of this process so far.
-    """
-
-    raw_sha256: str
-    clean_sha256: str | None
-    opset: int
-    nodes_before: dict[str, int]
-    nodes_after: dict[str, int]
-    passes: tuple[PassReport, ...]
-    equality: Equality
-    parser: ParserVerdict
-    findings: tuple[Finding, ...]
-    peak_memory_mib: int
-    seconds: float
-    baked: BakedEquality | None = None
-    schema_version: int = field(default=SCHEMA_VERSION)
 
 
 def clean(

@@ -49,7 +49,8 @@ def test_run_passes_and_prints_the_table(cells: tuple[Path, Result]) -> None:
 def test_every_artifact_of_the_contract_is_there(cells: tuple[Path, Result]) -> None:
     folder, _ = cells
     names = ["export/model.onnx", "clean/model.onnx", "clean/report.json", "calibrate/calibration.cache"]
-    names += ["calibrate/report.json", "benchmark/report.json", "report/index.html", "run.json"]
+    names += ["calibrate/report.json", "benchmark/report.json", "pictures/report.json", "run.json"]
+    names += ["report/index.html", "report/report.md", "report/report.json"]
     for precision in ("fp32", "fp16", "int8"):
         names += [f"engine/{precision}/{name}" for name in ("model.engine", "manifest.json", "model.onnx")]
         names += [f"validate/{precision}/{name}" for name in ("report.json", "inputs.json", "data_loader.py")]
@@ -156,7 +157,8 @@ def test_only_what_changed_runs_again(project: Project, unet_trt: Command) -> No
     assert stages(again, "reused") == everything
 
     other = unet_trt("run", "-c", project.config, "--set", "calibrate.algorithm=minmax")
-    assert stages(other, ": running") == {"calibrate", "engine/int8", "validate/int8", "benchmark", "report"}
+    changed = {"calibrate", "engine/int8", "validate/int8", "benchmark", "pictures", "report"}
+    assert stages(other, ": running") == changed
 
     build = project.root / "working" / "build" / "tiny"
     (build / "clean" / "model.onnx").write_bytes(b"edited")

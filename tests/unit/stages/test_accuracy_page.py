@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import Tolerance
-from pipeline.presenting import CHECK_HEADINGS, VERDICT_HEADINGS, check_row, figure_table, verdict_row
+from pipeline.presenting import CHECK_HEADINGS, VERDICT_HEADINGS, check_row, figure_table, percent, verdict_row
 from pipeline.reports import ValidationReport
 from pipeline.stages.report import Inputs, write_report
 from tests.unit.stages.test_validate import CARD, MASK, Constant, dataset, judge, logits_of
@@ -43,10 +44,37 @@ def test_tables_without_labels(tmp_path: Path) -> None:
 def test_page_shows_intervals_and_absent_classes(verdict: ValidationReport, tmp_path: Path) -> None:
     folder = tmp_path / "page"
     folder.mkdir()
-    page = write_report(Inputs(CARD, {"int8": verdict}, None, {}, {}, []), folder).read_text()
+    page = write_report(Inputs(CARD, {"int8": verdict}), folder).read_text()
     assert verdict.scores is not None
     bounds = verdict.scores.intervals["mean_iou"]
     assert f"{verdict.scores.mean_iou:.4f} [{bounds.low:.4f}, {bounds.high:.4f}]" in page
-    absent = page[page.index("rare</td>") :].partition("</tr>")[0]
+    absent = page[page.index("rare</th>") :].partition("</tr>")[0]
     assert absent.count("<td>–</td>") == 2
     assert "near-tie" in page
+    # Nothing but the verdict was given.
+    for sentence in ("No pictures were drawn", "Not measured.", "The network was not drawn", "Not calibrated"):
+        assert sentence in page
+
+
+def test_budgets(verdict: ValidationReport, tmp_path: Path) -> None:
+    checks = {check.name: check for check in verdict.checks}
+    agreement = checks["agreement with FP32's masks"]
+    assert agreement.at_least
+    assert agreement.used is None  # a bound of 1 leaves no budget
+    assert replace(agreement, value=0.99, bound=0.96).used == pytest.approx(0.25)
+    drop = replace(checks["mIoU drop"], value=0.002, bound=0.01)
+    assert not drop.at_least
+    assert drop.used == pytest.approx(0.2)
+    assert replace(drop, value=-0.1).used == 0
+    assert replace(drop, value=None).used is None
+    assert [percent(share) for share in (0, 0.001, 0.034, 1.5)] == ["0 %", "<1 %", "3 %", "150 %"]
+
+
+def test_report_without_labels(tmp_path: Path) -> None:
+    free = Tolerance(atol=1, rtol=1, min_agreement=0, max_miou_drop=None)
+    report = judge(Constant(logits_of(MASK)), dataset(None, None), tmp_path, free)
+    folder = tmp_path / "page"
+    folder.mkdir()
+    page = write_report(Inputs(CARD, {"int8": report}), folder).read_text()
+    assert "not measured, as the validation images have no label maps" in page
+    assert "| no labels | no labels |" in (folder / "report.md").read_text()

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from pipeline.config import BenchmarkConfig
 from pipeline.errors import EngineError
 from pipeline.reports import BenchmarkReport
 from pipeline.stages.benchmark import Contestant, benchmark
+from pipeline.stages.report import environment
 from tests.tiny_unet import save, tiny_unet
 
 DATA = Path(__file__).parent.parent.parent / "data" / "layers"
@@ -121,9 +121,7 @@ def test_an_engine_that_cannot_be_profiled_is_still_timed(tmp_path):
 
 def page(report):
     """The part of the page that tells of speed."""
-    loader = jinja2.PackageLoader("pipeline.stages")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("speed.html.j2").render(benchmark=report)
+    return environment().get_template("speed.html.j2").render(benchmark=report)
 
 
 def test_page(tmp_path):
