@@ -387,10 +387,26 @@ def benchmark(
     overrides: SetOption = None,
     force: ForceOption = False,
     require_speedup: RequireSpeedupOption = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Time all candidates, torch's among them, and batches and streams.")
+    ] = False,
+    torch_python: Annotated[
+        str | None, typer.Option(help="Python that has torch, for its candidates.", show_default="this one")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Time everything that runs on this machine, and judge INT8 against FP16."""
-    settings = _load(config, overrides, backend)
+    chosen = [*(overrides or []), *(["benchmark.candidates=all", "benchmark.throughput=true"] if everything else [])]
+    settings = _load(config, [*chosen, *([f"benchmark.torch_python={torch_python}"] if torch_python else [])], backend)
+    if torch_python and not any(rival.startswith("torch") for rival in settings.benchmark.rivals):
+        from pipeline.errors import ConfigError
+
+        raise ConfigError(
+            "--torch-python is for candidates that are not chosen",
+            expected="torch's among benchmark.candidates",
+            got=", ".join(settings.benchmark.rivals) or "none",
+            fix="add --all, or --set benchmark.candidates=[torch-fp16]",
+        )
     precisions = _precisions(settings, precision)
     with _run(settings, build_dir, force) as work:
         if require_speedup:

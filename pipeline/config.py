@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -34,6 +34,17 @@ Axis = Literal["batch", "height", "width"]
 Algorithm = Literal["entropy", "minmax", "percentile", "mse"]
 Placement = Literal["convolutions", "shared"]
 Calibrator = Literal["auto", "cpu", "gpu", "tensorrt"]
+Rival = Literal[
+    "torch-fp32",
+    "torch-tf32",
+    "torch-fp16",
+    "torch-compile",
+    "torch-compile-max-autotune",
+    "onnxruntime-cuda",
+    "raw-engine",
+    "polygraphy",
+    "trtexec",
+]
 
 # Built when nobody names any; mixed only on request, since its search takes long.
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
@@ -352,6 +363,20 @@ class BenchmarkConfig(Strict):
     warmup_seconds: float = Field(0.5, ge=0, description="at least; engines go on until their latency is stable")
     rounds: int = Field(12, ge=6, description="of engines taking turns; fewer than 6 give no interval of 95 %")
     min_speedup: float = Field(1.0, gt=0, description="INT8 is worthwhile where it is surely faster than FP16 by more")
+    candidates: tuple[Rival, ...] | Literal["all"] = Field(
+        (), description="timed beside FP32 on the CPU and the engines"
+    )
+    torch_python: str | None = Field(None, description="interpreter of the torch candidates; default: this one")
+    compile_seconds: float = Field(300.0, gt=0, description="time limit of each torch.compile")
+    throughput: bool = Field(False, description="time batches and streams too")
+    batches: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (1, 2, 4, 8), min_length=1, description="of those, each candidate's are timed that it takes"
+    )
+    streams: tuple[Annotated[int, Field(gt=0)], ...] = Field((1, 2, 3, 4), min_length=1, description="of engines")
+
+    @property
+    def rivals(self) -> tuple[Rival, ...]:
+        return get_args(Rival) if self.candidates == "all" else self.candidates
 
 
 class TrainConfig(Strict):

@@ -1,45 +1,217 @@
-"""Choices of mixed precision as engines that take turns on the GPU."""
+"""Candidates that take turns: loaded, warmed up and timed beside one another; who falls out is named, with why."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifacts import TensorSpec
+from pipeline.backends.nvml import Meter
+from pipeline.closing import Closing
+from pipeline.config import BenchmarkConfig, Precision
+from pipeline.contenders import Contender, GpuContender
 from pipeline.engines import load_engine
-from pipeline.stages.benchmark import take_turns
+from pipeline.errors import PipelineError
+from pipeline.metrics.interleaving import Interleaved, interleave
+from pipeline.metrics.latency import Estimate
+from pipeline.reports import Accuracy
 
-if TYPE_CHECKING:
-    from pipeline.backends.base import Arrays, Runner
-    from pipeline.config import BenchmarkConfig
-    from pipeline.metrics.latency import Estimate
+log = logging.getLogger(__name__)
+
+# Of a turn's length, run before it is measured: the GPU changes from one candidate's memory to another's.
+TURN_WARM_UP = 0.2
+LOGITS_RANK = 4
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One candidate.
+
+    Attributes:
+        opens: loads it.
+        bytes: of its file; None where it has none.
+        precision, engine_sha256: of an engine.
+        required: an error ends the benchmark; others go without it.
+        compiles: the first inference is what takes long.
+    """
+
+    name: str
+    opens: Callable[[], Contender]
+    bytes: int | None = None
+    precision: Precision | None = None
+    engine_sha256: str = ""
+    build_seconds: float | None = None
+    accuracy: Accuracy | None = None
+    required: bool = True
+    compiles: bool = False
+
+
+@dataclass
+class Entry:
+    """A candidate in the contest; ``output`` is of the image that is timed, ``held`` closes it."""
+
+    contestant: Contestant
+    contender: Contender
+    fed: NDArray[Any]
+    output: NDArray[Any]
+    build_seconds: float | None
+    held: ExitStack
+
+
+class _FellOut(Exception):
+    """A candidate that the contest goes on without."""
+
+    def __init__(self, name: str, error: PipelineError) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+class Contest(Closing):
+    """The candidates that run here, each loaded and fed one image; a context manager.
+
+    Args:
+        feed: makes an input of a real image.
+
+    Attributes:
+        entries: by name, in the order given.
+        not_run: why others do not take part, by name.
+
+    Raises:
+        PipelineError: a required candidate cannot run; from every method.
+    """
+
+    def __init__(self, contestants: Sequence[Contestant], feed: Callable[[TensorSpec], NDArray[Any]]) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.not_run: dict[str, str] = {}
+        with ExitStack() as stack:
+            for each in contestants:
+                log.info("loading %s", each.name)
+                try:
+                    self.entries[each.name] = self._enter(each, feed, stack)
+                except PipelineError as error:
+                    if each.required:
+                        raise
+                    self._leave_out(each.name, error)
+            self._stack = stack.pop_all()
+
+    def on_gpu(self) -> list[str]:
+        return [name for name, entry in self.entries.items() if entry.contender.on_gpu]
+
+    def on_cpu(self) -> list[str]:
+        return [name for name, entry in self.entries.items() if not entry.contender.on_gpu]
+
+    def agreement(self, name: str) -> float:
+        """Share of the fed image's pixels with the same class as the first candidate's."""
+        reference = _classes(next(iter(self.entries.values())).output)
+        return float((_classes(self.entries[name].output) == reference).mean())
+
+    def time(
+        self, names: Sequence[str], clock: Literal["GPU", "host"], config: BenchmarkConfig, meter: Meter
+    ) -> Interleaved | None:
+        """Turns of the candidates, on the GPU alone or from host array to host array.
+
+        One that falls out leaves the others to begin again; None where nobody is left.
+        """
+        left = list(names)
+        while left:
+            try:
+                return self._turns(left, clock, config, meter)
+            except _FellOut as fallen:
+                left.remove(fallen.name)
+                self.drop(fallen.name, fallen.error)
+        return None
+
+    def drop(self, name: str, error: PipelineError) -> None:
+        """Go on without a candidate.
+
+        Raises:
+            PipelineError: the error, of a required one.
+        """
+        if self.entries[name].contestant.required:
+            raise error
+        self.entries.pop(name).held.close()
+        self._leave_out(name, error)
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _enter(self, contestant: Contestant, feed: Callable[[TensorSpec], NDArray[Any]], stack: ExitStack) -> Entry:
+        with ExitStack() as own:
+            contender = own.enter_context(contestant.opens())
+            fed, started = feed(contender.source), time.perf_counter()
+            output = contender.feed(fed)
+            seconds = time.perf_counter() - started
+            built = seconds if contestant.compiles else contestant.build_seconds
+            held = stack.enter_context(own.pop_all())
+        return Entry(contestant, contender, fed, output, built, held)
+
+    def _turns(
+        self, names: Sequence[str], clock: Literal["GPU", "host"], config: BenchmarkConfig, meter: Meter
+    ) -> Interleaved:
+        seconds = config.seconds / (2 * config.rounds)
+
+        def turn(name: str, warm_up: float = TURN_WARM_UP * seconds) -> NDArray[np.float64]:
+            contender = self.entries[name].contender
+            timed = contender.gpu_milliseconds if clock == "GPU" else contender.host_milliseconds
+            try:
+                with meter.over(name):
+                    return timed(seconds, warm_up)
+            except PipelineError as error:
+                raise _FellOut(name, error) from error
+
+        for name in names:
+            turn(name, config.warmup_seconds)
+        return interleave({name: functools.partial(turn, name) for name in names}, config.rounds)
+
+    def _leave_out(self, name: str, error: PipelineError) -> None:
+        self.not_run[name] = explained(error)
+        log.info("%s: not measured", name)
 
 
 def time_choices(
     choices: Mapping[str, tuple[str, ...]],
     build: Callable[[tuple[str, ...], Path], object],
-    feed: Callable[[Runner], Arrays],
+    feed: Callable[[TensorSpec], NDArray[Any]],
     config: BenchmarkConfig,
 ) -> dict[str, Estimate]:
-    """Milliseconds on the GPU by name.
+    """Milliseconds on the GPU of choices of mixed precision, as engines that take turns, by name.
 
     Args:
         choices: convolutions that stay FP16, by a name each.
         build: an engine of a choice, into an empty folder.
-        feed: one image as a runner takes it.
+        feed: makes an input of one image.
 
     Raises:
         EngineError, UnsupportedError: a choice that cannot be built or run.
     """
-    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
-        runners = {}
+    with tempfile.TemporaryDirectory() as made:
+        contestants = []
         for place, (name, half) in enumerate(choices.items()):
             folder = Path(made, str(place))
             folder.mkdir()
             build(half, folder)
-            runners[name] = stack.enter_context(load_engine(folder / "model.engine"))
-        fed = {name: feed(runner) for name, runner in runners.items()}
-        turns = take_turns(runners, fed, config)
-        return {name: turns.latency(name) for name in runners}
+            opens = functools.partial(load_engine, folder / "model.engine")
+            contestants.append(Contestant(name, functools.partial(GpuContender, opens, "engine")))
+        with Contest(contestants, feed) as contest:
+            turns = contest.time(list(choices), "GPU", config, Meter(None))
+            return {name: turns.latency(name) for name in choices} if turns else {}
+
+
+def explained(error: PipelineError) -> str:
+    """What is wrong, and what to do about it, in one line."""
+    return f"{error.problem}; {error.fix}" if error.fix else error.problem
+
+
+def _classes(output: NDArray[Any]) -> NDArray[Any]:
+    """Class ids (N, H, W) of labels, logits or probabilities."""
+    return output.argmax(1) if output.ndim == LOGITS_RANK else output

@@ -1,14 +1,38 @@
-"""Verdicts as rows of text, for the terminal."""
+"""Verdicts and figures as rows of text, for the terminal and the page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.reports import Check, Interval, ValidationReport
+from pipeline.metrics.latency import Estimate
+from pipeline.reports import Check, Interval, OwnFigure, Throughput, Timing, ValidationReport
 
 ABSENT = "–"
 VERDICT_HEADINGS = ("precision", "mIoU", "against FP32", "same class as FP32", "ran on", "verdict")
 CHECK_HEADINGS = ("check", "value", "bound", "result", "worst")
+TIMING_HEADINGS = (
+    "candidate",
+    "batch",
+    "GPU median, ms",
+    "times the fastest",
+    "GPU p90, p99, ms",
+    "to GPU, back, ms",
+    "end to end p50, p90, p99, ms",
+)
+COST_HEADINGS = (
+    "candidate",
+    "ran on",
+    "built in, s",
+    "file, MB",
+    "GPU, MB",
+    "W",
+    "J an image",
+    "clock, MHz",
+    "same class as FP32",
+    "mIoU",
+)
+THROUGHPUT_HEADINGS = ("candidate", "batch", "streams", "images/s", "measured")
+OWN_HEADINGS = ("program", "engine", "ms", "what it times")
 
 
 def verdict_row(report: ValidationReport) -> tuple[str, ...]:
@@ -54,6 +78,53 @@ def check_row(check: Check) -> tuple[str, ...]:
     """One bound under CHECK_HEADINGS, with its worst offender."""
     worst = str(check.offenders[0]) if check.offenders else check.worst_image or ""
     return (check.name, check.shown, f"{check.bound:g}", "passed" if check.passed else "failed", worst)
+
+
+def timing_row(timing: Timing) -> tuple[str, ...]:
+    """One candidate's latency under TIMING_HEADINGS, in ms."""
+    gpu, host, copies = timing.device, timing.end_to_end, (timing.to_gpu, timing.from_gpu)
+    return (
+        timing.name,
+        str(timing.batch),
+        between(timing.median_ms),
+        between(timing.ratio, ".2f"),
+        f"{gpu.p90_ms:.3f}, {gpu.p99_ms:.3f}" if gpu else ABSENT,
+        ", ".join(f"{copy.p50_ms:.3f}" for copy in copies if copy) or ABSENT,
+        f"{host.p50_ms:.3f}, {host.p90_ms:.3f}, {host.p99_ms:.3f}",
+    )
+
+
+def cost_row(timing: Timing) -> tuple[str, ...]:
+    """What one candidate takes, and what it gives for it, under COST_HEADINGS."""
+    known, clock = timing.accuracy, timing.sm_mhz
+    return (
+        timing.name,
+        timing.ran or ABSENT,
+        number(timing.build_seconds, ".1f"),
+        ABSENT if timing.bytes is None else f"{timing.bytes / 1e6:.1f}",
+        ABSENT if timing.gpu_bytes is None else f"{timing.gpu_bytes / 1e6:.0f}",
+        number(timing.watts, ".0f"),
+        number(timing.joules, ".4f"),
+        ABSENT if clock is None else f"{clock[0]} to {clock[1]}",
+        ABSENT if timing.agreement is None else f"{100 * timing.agreement:.2f} %",
+        number(known.mean_iou if known else None),
+    )
+
+
+def throughput_row(row: Throughput) -> tuple[str, ...]:
+    """Under THROUGHPUT_HEADINGS."""
+    measured = "on the GPU alone" if row.clock == "GPU" else "with copies"
+    return (row.name, str(row.batch), str(row.streams), f"{row.images_per_second:.1f}", measured)
+
+
+def own_row(figure: OwnFigure) -> tuple[str, ...]:
+    """Under OWN_HEADINGS."""
+    return (figure.tool, figure.name, f"{figure.median_ms:.3f}", f"{figure.what} ({figure.count} times)")
+
+
+def between(value: Estimate | None, form: str = ".3f") -> str:
+    """A median and its interval."""
+    return ABSENT if value is None else f"{value.median:{form}} ({value.low:{form}} to {value.high:{form}})"
 
 
 def _flips(report: ValidationReport) -> str:

@@ -20,20 +20,15 @@ log = logging.getLogger("pipeline")
 
 
 def print_timings(report: BenchmarkReport) -> None:
-    """Latencies, time by group of layers, what was not measured, and the verdict on INT8."""
-    rows = []
-    for timing in report.timings:
-        median, device, host = timing.median_ms, timing.device, timing.end_to_end
-        rows.append(
-            (
-                timing.name,
-                str(timing.batch),
-                f"{median.median:.3f} ({median.low:.3f} to {median.high:.3f})" if median else "–",
-                f"{device.p99_ms:.3f}" if device else "–",
-                f"{host.p50_ms:.3f}",
-            )
-        )
-    print_table(("candidate", "batch", "GPU median, ms", "GPU p99, ms", "end to end p50, ms"), rows)
+    """Latencies, throughput, time by group of layers, what was not measured, and the verdict on INT8."""
+    from pipeline import presenting as shown
+
+    _print_filled(shown.TIMING_HEADINGS, [shown.timing_row(timing) for timing in report.timings])
+    _print_filled(shown.COST_HEADINGS, [shown.cost_row(timing) for timing in report.timings])
+    if report.throughput:
+        print_table(shown.THROUGHPUT_HEADINGS, [shown.throughput_row(row) for row in report.throughput])
+    if report.own_figures:
+        print_table(shown.OWN_HEADINGS, [shown.own_row(row) for row in report.own_figures])
     shares = [
         (precision, row.group, str(row.layers), f"{row.ms:.3f}", f"{row.share:.0%}")
         for precision, account in report.engines.items()
@@ -46,6 +41,14 @@ def print_timings(report: BenchmarkReport) -> None:
     for note in report.notes:
         print(note)
     print_speed_verdict(report)
+
+
+def _print_filled(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of the columns that hold anything."""
+    from pipeline.presenting import ABSENT
+
+    filled = [i for i in range(len(headings)) if any(row[i] != ABSENT for row in rows)]
+    print_table([headings[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
 def print_account(account: Mapping[str, Any]) -> None:
@@ -89,7 +92,9 @@ def _formats(tensors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_speed_verdict(report: BenchmarkReport) -> None:
-    """Whether INT8 is worth it, and why; nothing where it was not asked for."""
+    """What speaks against the figures; whether INT8 is worth it, and why, where that was asked."""
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     if report.verdict is not None:
         print(report.verdict.sentence)
         for reason in report.verdict.reasons:

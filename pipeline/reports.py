@@ -254,21 +254,86 @@ class PicturesReport:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Of one precision, by its last validation: share of pixels with FP32's class, mean IoU (None without labels)."""
+
+    agreement: float
+    mean_iou: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
 class Timing:
     """One candidate's latency at batch ``batch``: on the GPU alone (compute), and from host array to host array.
 
     Attributes:
+        bytes: of the engine or the ONNX file; None where there is no file.
         median_ms: of the interleaved rounds, on the GPU alone.
         cuda_graph: whether inferences were replayed from a CUDA graph.
+        ran: what ran it, and where.
+        to_gpu, from_gpu: copies of the input and the output.
+        rounds_ms: of every interleaved round, on the GPU alone; on the host where that is all there is.
+        ratio: of ``rounds_ms``, round by round, to the fastest candidate's on the GPU, or on the CPU; None for one that
+            was timed alone.
+        gpu_bytes: GPU memory taken, CUDA's context not counted.
+        build_seconds: to build the engine, or to compile.
+        agreement: share of the timed image's pixels with FP32's class on ONNX Runtime.
+        accuracy: by the last validation of this very engine.
+        watts: the whole GPU's mean power during its turns.
+        joules: an image, from ``watts`` and ``median_ms``.
+        sm_mhz: lowest and highest clock at the end of its turns.
     """
 
     name: str
     batch: int
-    bytes: int
+    bytes: int | None
     device: LatencySummary | None
     end_to_end: LatencySummary
     median_ms: Estimate | None = None
     cuda_graph: bool = False
+    ran: str = ""
+    to_gpu: LatencySummary | None = None
+    from_gpu: LatencySummary | None = None
+    rounds_ms: tuple[float, ...] = ()
+    ratio: Estimate | None = None
+    gpu_bytes: int | None = None
+    build_seconds: float | None = None
+    agreement: float | None = None
+    accuracy: Accuracy | None = None
+    watts: float | None = None
+    joules: float | None = None
+    sm_mhz: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Images a second of one candidate.
+
+    Attributes:
+        clock: "GPU": one batch after the other on the GPU alone; "host": with copies, ``streams`` batches under way.
+    """
+
+    name: str
+    batch: int
+    streams: int
+    images_per_second: float
+    clock: Literal["GPU", "host"]
+
+
+@dataclass(frozen=True)
+class OwnFigure:
+    """What another program says of an engine, after the turns.
+
+    Attributes:
+        tool: with its version where it tells one.
+        what: that is timed, in its words.
+    """
+
+    tool: str
+    name: str
+    what: str
+    median_ms: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -356,6 +421,10 @@ class BenchmarkReport:
         settled: whether the GPU's latencies had stopped moving before they were measured.
         rounds: of interleaved timing.
         notes: what could not be found out, and why.
+        warnings: what speaks against the figures, such as clocks that moved.
+        environment: versions and settings by name.
+        warm_up: the rule by which candidates were warm.
+        warm_ups: turns of each candidate on the GPU before the rounds.
     """
 
     timings: tuple[Timing, ...]
@@ -369,3 +438,9 @@ class BenchmarkReport:
     settled: bool | None
     rounds: int
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    throughput: tuple[Throughput, ...] = ()
+    own_figures: tuple[OwnFigure, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    warm_up: str = ""
+    warm_ups: int = 0

@@ -42,12 +42,13 @@ from pipeline.artifacts import (
 from pipeline.config import PATH_KEYS, QUANTIZED, Config, EngineConfig, Precision
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.errors import BuildFolderError, CheckFailed, ConfigError, DataError, PipelineError, UnsupportedError
-from pipeline.reports import BenchmarkReport, Candidate, PicturesReport, ValidationReport
+from pipeline.reports import Accuracy, BenchmarkReport, Candidate, PicturesReport, ValidationReport
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pipeline.artifacts import TensorSpec
     from pipeline.backends.base import Runner
     from pipeline.backends.registry import Resolved
     from pipeline.calibration.table import CalibrationTable
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from pipeline.drift import DriftReport
     from pipeline.graph.levels import Block
     from pipeline.mixed.report import MixReport
+    from pipeline.rivals import Built
     from pipeline.stages.mix import Timer
     from pipeline.stages.report import Provenance
 
@@ -377,17 +379,14 @@ class Run:
     def benchmark(self, precisions: Sequence[Precision]) -> BenchmarkReport:
         """Latencies of what runs here. Timings are facts of their moment, but are kept while nothing changes.
 
-        Where INT8 runs, FP16 is built and timed too, so that INT8 is judged.
+        Where INT8 runs, FP16 is built and timed too, so that INT8 is judged. ``benchmark.candidates`` are timed beside
+        the engines.
         """
-        from pipeline.backends.base import feed_image
-        from pipeline.backends.onnxruntime import OnnxRuntimeRunner
-        from pipeline.stages.benchmark import Contestant, benchmark
+        from pipeline.rivals import Built, line_up
+        from pipeline.stages.benchmark import benchmark
 
-        cleaned = self.clean()
-        name = "FP32 on ONNX Runtime, CPU"
-        contestants = [
-            Contestant(name, "host, with copies", cleaned.stat().st_size, functools.partial(OnnxRuntimeRunner, cleaned))
-        ]
+        cleaned, chosen = self.clean(), self.config.benchmark.rivals
+        built: list[Built] = []
         not_run: dict[str, str] = {}
         hashes: dict[str, str | None] = {}
         sibling: list[Precision] = ["fp16"] if "int8" in precisions and self._runs("int8") else []
@@ -406,28 +405,34 @@ class Run:
             if what.emulated:
                 not_run[precision] = target.capabilities.why_not_run or "no engine was built"
             else:
-                size, sha = plan.stat().st_size, what.model_sha256
-                contestants.append(Contestant(precision, "GPU, CUDA events", size, opens, precision, sha))
-        sample = self._validation()[0]
-        device = self._resolved(precisions[0]).capabilities.device
+                known = self._accuracy(precision, what.model_sha256)
+                built.append(Built(precision, plan, what.ran, opens, precision, known))
+        if "raw-engine" in chosen:
+            self._add_raw_engine(built, not_run)
+        device, feed = self._resolved(precisions[0]).capabilities.device, self._feed()
+        contest = line_up(self.config, cleaned, built, wants_gpu=device is not None)
 
         target_folder = self._stage(
             "benchmark",
             lambda folder: benchmark(
-                contestants,
-                not_run,
-                lambda runner: feed_image(
-                    runner.inputs[0], sample.image, self.config.preprocessing, f"the image {sample.name}"
-                ),
+                contest.contestants,
+                {**not_run, **contest.absent},
+                feed,
                 device,
                 self.config.benchmark,
                 folder,
                 graph=cleaned,
                 wants_verdict="int8" in precisions,
+                own_clocks=contest.own_clocks,
             ),
-            config=[self.config.benchmark, list(precisions), device.name if device else None],
-            parents={"clean": _hash(cleaned), **hashes},
-            tools=("onnxruntime",),
+            config=[
+                self.config.benchmark,
+                list(precisions),
+                device.name if device else None,
+                {each.name: each.accuracy for each in built},
+            ],
+            parents={"clean": _hash(cleaned), **hashes, **{each.name: _hash(each.plan) for each in built}},
+            tools=("onnxruntime", *(("torch",) if chosen else ())),
         )
         return from_json(BenchmarkReport, target_folder / "report.json")
 
@@ -660,26 +665,25 @@ class Run:
 
     def _timer(self, cleaned: Path, cache: Path) -> Timer:
         """Times choices of mixed precision on this machine's GPU, on the first validation image."""
-        from pipeline.backends.base import feed_image
         from pipeline.contest import time_choices
         from pipeline.stages.engine import build_engine
         from pipeline.stages.mix import excluded
 
-        sample, settings = self._validation()[0], self.config.engine
+        settings, feed = self.config.engine, self._feed()
         timing_cache = self.folder / "timing.cache" if settings.timing_cache else None
 
         def build(half: Sequence[str], folder: Path) -> None:
             chosen = _leaving_out(settings, [*settings.exclude, *excluded(half)])
             build_engine(cleaned, "mixed", chosen, _table(cache), _hash(cache), self.card, folder, timing_cache)
 
-        return lambda choices: time_choices(
-            choices,
-            build,
-            lambda runner: feed_image(
-                runner.inputs[0], sample.image, self.config.preprocessing, f"the image {sample.name}"
-            ),
-            self.config.benchmark,
-        )
+        return lambda choices: time_choices(choices, build, feed, self.config.benchmark)
+
+    def _feed(self) -> Callable[[TensorSpec], NDArray[Any]]:
+        """Makes an input of the first validation image."""
+        from pipeline.backends.base import feed_image
+
+        sample, spec = self._validation()[0], self.config.preprocessing
+        return lambda source: feed_image(source, sample.image, spec, f"the image {sample.name}")[source.name]
 
     def _candidate(
         self, precision: Precision, engine: Path
@@ -696,6 +700,41 @@ class Run:
             return what, functools.partial(load_engine, plan)
         what = Candidate(precision, True, self._emulator(), _hash(typed) or "", sha, target.route)
         return what, functools.partial(emulate, typed)
+
+    def _add_raw_engine(self, built: list[Built], not_run: dict[str, str]) -> None:
+        """FP16 from the graph as exported, which shows what cleaning gains; only where engines run."""
+        from pipeline.engines import load_engine
+        from pipeline.rivals import RAW_ENGINE, Built
+        from pipeline.stages.engine import build_engine
+
+        try:
+            target, raw = self._resolved("fp16"), self.export()
+            if not self._runs("fp16"):
+                raise UnsupportedError(target.capabilities.why_not_run or "no engine runs on this machine")
+            settings = self.config.engine.model_copy(update={"source": "onnx"})
+            timing_cache = self.folder / "timing.cache" if settings.timing_cache else None
+            folder = self._stage(
+                "raw-engine",
+                lambda folder: build_engine(raw, "fp16", settings, None, None, self.card, folder, timing_cache),
+                config=[settings, self.card, target.identity()],
+                parents={"raw": _hash(raw)},
+                tools=("onnx", "onnx-graphsurgeon"),
+            )
+        except PipelineError as error:
+            not_run[RAW_ENGINE] = error.problem
+            return
+        plan, ran = folder / "model.engine", f"{target.capabilities.name} {target.capabilities.version}"
+        built.append(Built(RAW_ENGINE, plan, ran, functools.partial(load_engine, plan)))
+
+    def _accuracy(self, precision: Precision, sha256: str) -> Accuracy | None:
+        """What the last validation found of this very engine; None where there was none."""
+        file = self.folder / "validate" / precision / "report.json"
+        if not file.is_file():
+            return None
+        report = from_json(ValidationReport, file)
+        if report.candidate.model_sha256 != sha256:
+            return None
+        return Accuracy(report.agreement, report.scores.mean_iou if report.scores else None, report.passed)
 
     def _emulator(self) -> str:
         """What runs typed graphs; an engine that was defined layer by layer has none of its own, only a twin."""

@@ -35,6 +35,7 @@ UNSUPPORTED = {
     "cudaErrorOperatingSystem",
 }
 NVML_TEXT_BYTES = 96
+PCI_TEXT_BYTES = 32
 
 
 def current_device() -> Device:
@@ -91,6 +92,16 @@ def shared_memory() -> int:
     """
     attribute = _runtime().cudaDeviceAttr.cudaDevAttrMaxSharedMemoryPerBlockOptin
     return int(call("cudaDeviceGetAttribute", attribute, call("cudaGetDevice")))
+
+
+def pci_address() -> bytes:
+    """Where this process's GPU sits, as NVML finds it: such as b"0000:3b:00.0".
+
+    Raises:
+        UnsupportedError: no GPU.
+    """
+    text: bytes = call("cudaDeviceGetPCIBusId", PCI_TEXT_BYTES, call("cudaGetDevice"))
+    return text.rstrip(b"\0")
 
 
 def free_memory() -> tuple[int, int]:
@@ -167,6 +178,28 @@ class Event:
         if self.handle is not None:
             _release("cudaEventDestroy", self.handle)
             self.handle = None
+
+
+class StreamClock:
+    """A stream's events as ``pipeline.metrics.clock`` times work with them."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def event(self) -> Event:
+        return Event()
+
+    def record(self, event: Event) -> None:
+        event.record(self._stream)
+
+    def between(self, before: Event, after: Event) -> float:
+        return after.milliseconds_since(before)
+
+    def wait(self) -> None:
+        self._stream.synchronize()
+
+    def close(self, event: Event) -> None:
+        event.close()
 
 
 class DeviceBuffer(Closing):

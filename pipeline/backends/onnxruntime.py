@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ ORT_ERRORS = (
     ort.capi.onnxruntime_pybind11_state.NotImplemented,
     ort.capi.onnxruntime_pybind11_state.RuntimeException,
 )
+CPU = "CPUExecutionProvider"
 DTYPES = {"float": "float32", "double": "float64"}
 
 
@@ -44,7 +46,7 @@ def capabilities() -> Capabilities:
 
 
 class OnnxRuntimeRunner(Closing):
-    """An ONNX graph on ONNX Runtime's CPU provider.
+    """An ONNX graph on ONNX Runtime, on its CPU provider unless told otherwise.
 
     Q/DQ pairs are executed as written, in floating point, never fused into integer kernels: the result is the
     quantized network's exactly rounded arithmetic, the same on every CPU.
@@ -53,12 +55,15 @@ class OnnxRuntimeRunner(Closing):
         model: path or serialized bytes.
         optimize: let ONNX Runtime rewrite the graph; off for comparisons of graphs with each other.
         arena: keep freed memory for the next call; off where many sessions are open at once.
+        providers: ONNX Runtime's, with their options, preferred first.
 
     Raises:
         ModelError: ONNX Runtime cannot load the graph.
     """
 
-    def __init__(self, model: Path | bytes, *, optimize: bool = True, arena: bool = True) -> None:
+    def __init__(
+        self, model: Path | bytes, *, optimize: bool = True, arena: bool = True, providers: Sequence[Any] = (CPU,)
+    ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -67,7 +72,7 @@ class OnnxRuntimeRunner(Closing):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self.session = ort.InferenceSession(
-                model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+                model if isinstance(model, bytes) else str(model), options, providers=list(providers)
             )
         except (*ORT_ERRORS, ValueError) as error:
             where = "the graph" if isinstance(model, bytes) else str(model)

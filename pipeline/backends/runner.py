@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +19,9 @@ from pipeline.backends.layers import printable
 from pipeline.backends.trt_api import DTYPES, collected, errors_of, logger, named_shape
 from pipeline.closing import Closing
 from pipeline.errors import EngineError, PipelineError
+from pipeline.metrics.clock import gpu_milliseconds, gpu_spans
 
 log = logging.getLogger(__name__)
-
-# Inferences timed between two waits: enough to keep the GPU busy, few enough to stop in time.
-LARGEST_CHUNK = 64
-CHUNK_SECONDS = 0.1
 
 
 class EngineRunner(Closing):
@@ -190,27 +186,12 @@ class EngineRunner(Closing):
         del held
         graph = self.capture(self.enqueue)
         self.captured = graph is not None
-        events: list[tuple[cuda.Event, cuda.Event]] = []
-        times: list[float] = []
         try:
-            once = self._warm_up(graph, warmup_seconds)
-            for _ in range(max(1, min(LARGEST_CHUNK, math.ceil(CHUNK_SECONDS / once)))):
-                events.append((cuda.Event(), cuda.Event()))
-            end = time.perf_counter() + seconds
-            while not times or time.perf_counter() < end:
-                for before, after in events:
-                    before.record(self._stream)
-                    self._launch(graph)
-                    after.record(self._stream)
-                self._stream.synchronize()
-                times.extend(after.milliseconds_since(before) for before, after in events)
+            clock = cuda.StreamClock(self._stream)
+            return gpu_milliseconds(clock, lambda: self._launch(graph), seconds, warmup_seconds)
         finally:
-            for pair in events:
-                for event in pair:
-                    event.close()
             if graph is not None:
                 graph.close()
-        return np.array(times, np.float64)
 
     def transfer_milliseconds(
         self, feeds: Arrays, repeats: int = 20
@@ -221,24 +202,13 @@ class EngineRunner(Closing):
             Two float64 arrays of ``repeats`` milliseconds: host to device, device to host.
         """
         results = self(feeds)
-        marks = [cuda.Event() for _ in range(3)]
-        times: list[tuple[float, float]] = []
-        try:
-            for _ in range(repeats):
-                marks[0].record(self._stream)
-                held = self._upload(feeds)
-                marks[1].record(self._stream)
-                for name, array in results.items():
-                    self._buffers[name].download(array, self._stream)
-                marks[2].record(self._stream)
-                self._stream.synchronize()
-                del held
-                times.append((marks[1].milliseconds_since(marks[0]), marks[2].milliseconds_since(marks[1])))
-        finally:
-            for mark in marks:
-                mark.close()
-        both = np.array(times, np.float64).reshape(-1, 2)
-        return both[:, 0], both[:, 1]
+
+        def download() -> None:
+            for name, array in results.items():
+                self._buffers[name].download(array, self._stream)
+
+        up, down = gpu_spans(cuda.StreamClock(self._stream), [lambda: self._upload(feeds), download], repeats)
+        return up, down
 
     def profile(self, feeds: Arrays, runs: int = 50) -> dict[str, float]:
         """Mean GPU milliseconds of every layer by name, over ``runs`` inferences after one that is not counted.
@@ -401,18 +371,6 @@ class EngineRunner(Closing):
             graph.launch(self._stream)
         else:
             self.enqueue()
-
-    def _warm_up(self, graph: cuda.Graph | None, seconds: float) -> float:
-        """Run for a while; host seconds of one inference, above 0."""
-        start = time.perf_counter()
-        count = 0
-        while True:
-            self._launch(graph)
-            self._stream.synchronize()
-            count += 1
-            elapsed = time.perf_counter() - start
-            if elapsed >= seconds:
-                return max(elapsed / count, 1e-6)
 
 
 def _profiler(trt: Any) -> Any:

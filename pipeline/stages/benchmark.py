@@ -1,143 +1,274 @@
-"""Latency of everything that can run on this machine: FP32 on ONNX Runtime's CPU, and each engine.
+"""Latency of everything that can run on this machine: FP32 on ONNX Runtime's CPU, each engine, and what rivals them.
 
-Engines take turns on the GPU, so that they can be compared; where INT8 and FP16 are among them, a verdict is written.
+Candidates take turns, those on the GPU with one another and those on the CPU too, so that they can be compared; where
+INT8 and FP16 engines are among them, a verdict is written.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
-from pipeline.artifacts import Device, to_json
-from pipeline.backends.base import Arrays, Runner
+from pipeline import __version__
+from pipeline.artifacts import Device, TensorSpec, to_json
+from pipeline.backends.base import Arrays
+from pipeline.backends.nvml import Gauge, Meter
+from pipeline.backends.runner import EngineRunner
 from pipeline.config import BenchmarkConfig, Precision
+from pipeline.contenders import GpuContender
+from pipeline.contest import Contest, Contestant, explained
 from pipeline.errors import PipelineError
 from pipeline.graph.io import load_model
-from pipeline.metrics.interleaving import Interleaved, interleave
+from pipeline.metrics.interleaving import MOST_WARM_UPS, SETTLED, Interleaved
 from pipeline.metrics.latency import summarise
-from pipeline.reports import BenchmarkReport, EngineAccount, SpeedVerdict, Timing
+from pipeline.own_figures import OwnClock
+from pipeline.reports import BenchmarkReport, EngineAccount, OwnFigure, SpeedVerdict, Throughput, Timing
 from pipeline.speed import account_for, judge, no_verdict
+from pipeline.throughput import by_batch, by_streams
 
 log = logging.getLogger(__name__)
 
-# Of a turn's length, run before it is measured: the GPU changes from one engine's memory to another's.
-TURN_WARM_UP = 0.2
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One model to time; ``opens`` loads it. An engine on the GPU has a precision and a hash."""
-
-    name: str
-    clock: Literal["GPU, CUDA events", "host, with copies"]
-    bytes: int
-    opens: Callable[[], AbstractContextManager[Any]]
-    precision: Precision | None = None
-    engine_sha256: str = ""
+WARM_UP = (
+    f"turns until no candidate's median moves by more than {SETTLED:.1%} from one to the next, at most {MOST_WARM_UPS}"
+)
+# Half of an interval over its median, and the clock's range over its highest: more is worth a warning.
+MOVED = 0.02
 
 
 def benchmark(
-    contestants: list[Contestant],
-    not_run: dict[str, str],
-    feed: Callable[[Runner], Arrays],
+    contestants: Sequence[Contestant],
+    not_run: Mapping[str, str],
+    feed: Callable[[TensorSpec], NDArray[Any]],
     device: Device | None,
     config: BenchmarkConfig,
     folder: Path,
     *,
     graph: Path,
     wants_verdict: bool,
+    own_clocks: Mapping[tuple[str, str], OwnClock] | None = None,
 ) -> BenchmarkReport:
     """Time the contestants and write ``folder/report.json``.
 
     Args:
-        feed: makes a contestant's input from a real image.
-        not_run: reason by name of what was built but cannot run here.
+        contestants: the first is what the others' masks are compared with.
+        not_run: reason by name of what cannot run here.
+        feed: makes an input of a real image.
         graph: the clean ONNX file, in whose convolutions the work is counted.
         wants_verdict: INT8 was asked for, so it is judged against FP16, or said why it cannot be.
+        own_clocks: other programs' by their name and a contestant's.
+
+    Raises:
+        PipelineError: a required contestant cannot run.
     """
     notes: list[str] = []
-    engines: dict[Precision, EngineAccount] = {}
-    turns: Interleaved | None = None
-    with ExitStack() as stack:
-        opened = [(each, stack.enter_context(each.opens())) for each in contestants]
-        fed = {each.name: feed(runner) for each, runner in opened}
-        on_gpu = {each.name: runner for each, runner in opened if each.clock == "GPU, CUDA events"}
-        if on_gpu:
-            turns = take_turns(on_gpu, fed, config)
-        captured = {name: runner.captured for name, runner in on_gpu.items()}
-        timings = tuple(_timing(each, runner, fed[each.name], config, turns, captured) for each, runner in opened)
-        for each, runner in opened:
-            if each.precision is None or turns is None:
-                continue
-            whole = turns.latency(each.name).median
-            try:
-                engines[each.precision] = account_for(
-                    runner, fed[each.name], load_model(graph), each.engine_sha256, device, whole
-                )
-            except PipelineError as error:
-                log.warning("%s: the time of its layers is not known: %s", each.name, error.problem)
-                notes.append(f"{each.name}: the time of its layers is not known: {error.problem}")
+    with Contest(contestants, feed) as contest, _metered(contest, notes) as meter:
+        gpu = contest.time(contest.on_gpu(), "GPU", config, meter)
+        # Copies leave the GPU idle between inferences: its clocks and its energy are those of the turns before.
+        whole = contest.time(contest.on_gpu(), "host", config, Meter(None))
+        cpu = _on_cpu(contest, config)
+        timings = [
+            *_timings(contest, contest.on_cpu(), cpu, cpu, meter),
+            *_timings(contest, contest.on_gpu(), gpu, whole, meter),
+        ]
+        slowed = {why for name in contest.on_gpu() for why in meter.usage(name, 2 * config.rounds).slowed}
+        engines = _accounts(contest, gpu, graph, device, notes)
+        throughput = _throughput(contest, config, feed, notes) if config.throughput else ()
+        fed = {name: {entry.contender.source.name: entry.fed} for name, entry in contest.entries.items()}
+        absent = {**not_run, **contest.not_run}
+    # Other programs load the engine themselves: nothing else is in the GPU's memory by then.
+    own = _own_figures(own_clocks or {}, fed, config, absent)
     report = BenchmarkReport(
-        timings=timings,
-        not_run=not_run,
+        timings=tuple(timings),
+        not_run=absent,
         processor=platform.processor() or platform.machine(),
         cores=os.cpu_count() or 1,
         device=device,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         engines=engines,
-        verdict=_verdict(turns, engines, not_run, config) if wants_verdict else None,
-        settled=turns.settled if turns else None,
+        verdict=_verdict(gpu, engines, absent, config) if wants_verdict else None,
+        settled=gpu.settled if gpu else None,
         rounds=config.rounds,
         notes=tuple(notes),
+        warnings=_warnings({"GPU": gpu, "GPU with copies": whole, "CPU": cpu}, timings, slowed),
+        throughput=throughput,
+        own_figures=own,
+        environment={
+            "unet-trt": __version__,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "numpy": np.__version__,
+        },
+        warm_up=WARM_UP,
+        warm_ups=gpu.warm_ups if gpu else 0,
     )
     (folder / "report.json").write_bytes(to_json(report))
     return report
 
 
-def take_turns(runners: Mapping[str, Any], fed: Mapping[str, Arrays], config: BenchmarkConfig) -> Interleaved:
-    """Latencies on the GPU of runners that take turns, each after warming up.
+@contextlib.contextmanager
+def _metered(contest: Contest, notes: list[str]) -> Iterator[Meter]:
+    """What reads the GPU during turns; a note where it cannot."""
+    gauge = None
+    if contest.on_gpu():
+        try:
+            gauge = Gauge()
+        except PipelineError as error:
+            notes.append(f"energy and clocks: not measured. {error.problem}")
+    try:
+        yield Meter(gauge)
+    finally:
+        if gauge is not None:
+            gauge.close()
+
+
+def _on_cpu(contest: Contest, config: BenchmarkConfig) -> Interleaved | None:
+    """Turns of the candidates on the CPU. One alone has nobody to take turns with, and may be slow: it has one."""
+    names = contest.on_cpu()
+    if len(names) != 1:
+        return contest.time(names, "host", config, Meter(None))
+    (name,) = names
+    times = contest.entries[name].contender.host_milliseconds(config.seconds, config.warmup_seconds)
+    return Interleaved({name: np.median(times, keepdims=True)}, {name: times}, 1, True)
+
+
+def _timings(
+    contest: Contest, names: Sequence[str], turns: Interleaved | None, whole: Interleaved | None, meter: Meter
+) -> list[Timing]:
+    """Of candidates that took turns with one another.
 
     Args:
-        fed: inputs by runner's name.
+        turns: as they are compared.
+        whole: with the copies.
     """
-    seconds = config.seconds / (2 * config.rounds)
+    timings: list[Timing] = []
+    if turns is None or whole is None:
+        return timings
+    fastest = min(names, key=lambda name: turns.latency(name).median)
+    for name in names:
+        entry, usage = contest.entries[name], meter.usage(name, 2 * len(turns.rounds[name]))
+        contender, known = entry.contender, entry.contestant
+        median = turns.latency(name)
+        try:
+            copies = [summarise(times) for times in contender.transfers()] if contender.on_gpu else [None, None]
+        except PipelineError as error:
+            contest.drop(name, error)
+            continue
+        timings.append(
+            Timing(
+                name=name,
+                batch=len(entry.fed),
+                bytes=known.bytes,
+                device=turns.summary(name) if contender.on_gpu else None,
+                end_to_end=whole.summary(name),
+                median_ms=median if contender.on_gpu else None,
+                cuda_graph=contender.captured,
+                ran=contender.ran,
+                to_gpu=copies[0],
+                from_gpu=copies[1],
+                rounds_ms=tuple(turns.rounds[name].tolist()),
+                ratio=turns.ratio(name, fastest) if len(names) > 1 else None,
+                gpu_bytes=contender.gpu_bytes,
+                build_seconds=entry.build_seconds,
+                agreement=contest.agreement(name),
+                accuracy=known.accuracy,
+                watts=usage.watts,
+                joules=None if usage.watts is None else usage.watts * median.median / 1000 / len(entry.fed),
+                sm_mhz=usage.sm_mhz,
+            )
+        )
+    return timings
 
-    def turn(name: str, warm_up: float = TURN_WARM_UP * seconds) -> NDArray[np.float64]:
-        times: NDArray[np.float64] = runners[name].device_milliseconds(fed[name], seconds, warm_up)
-        return times
 
-    for name in runners:
-        turn(name, config.warmup_seconds)
-    turns = interleave({name: functools.partial(turn, name) for name in runners}, config.rounds)
-    if not turns.settled:
-        log.warning("the GPU's latencies did not settle in %d turns; other programs may use it", turns.warm_ups)
-    return turns
+def _accounts(
+    contest: Contest, turns: Interleaved | None, graph: Path, device: Device | None, notes: list[str]
+) -> dict[Precision, EngineAccount]:
+    """Where the time of each engine goes; a note where that cannot be found out."""
+    engines: dict[Precision, EngineAccount] = {}
+    for name, entry in contest.entries.items():
+        precision, contender = entry.contestant.precision, entry.contender
+        if precision is None or turns is None or not isinstance(contender, GpuContender):
+            continue
+        whole = turns.latency(name).median
+        runner: Any = contender.runner
+        try:
+            engines[precision] = account_for(
+                runner, contender.fed, load_model(graph), entry.contestant.engine_sha256, device, whole
+            )
+        except PipelineError as error:
+            log.warning("%s: the time of its layers is not known: %s", name, error.problem)
+            notes.append(f"{name}: the time of its layers is not known: {error.problem}")
+    return engines
 
 
-def _timing(
-    contestant: Contestant,
-    runner: Runner,
-    feeds: Arrays,
+def _throughput(
+    contest: Contest, config: BenchmarkConfig, feed: Callable[[TensorSpec], NDArray[Any]], notes: list[str]
+) -> tuple[Throughput, ...]:
+    """Images a second of every batch and number of streams that a candidate takes; a note for what fails."""
+    found: list[Throughput] = []
+    for name, entry in contest.entries.items():
+        contender = entry.contender
+        batches = [batch for batch in config.batches if contender.takes(batch)] or [len(entry.fed)]
+        try:
+            image = feed(contender.at(1))
+            for batch in batches:
+                found.append(by_batch(name, contender, image, batch, config.seconds))
+            runner = contender.runner if isinstance(contender, GpuContender) else None
+            if isinstance(runner, EngineRunner):
+                streams = by_streams(name, runner, entry.fed, config.streams, config.seconds)
+                found += streams
+                if len(streams) < len(config.streams):
+                    notes.append(f"{name}: the GPU's memory suffices for fewer streams than {max(config.streams)}")
+        except PipelineError as error:
+            notes.append(f"{name}: throughput is not known, or not all of it: {error.problem}")
+    return tuple(found)
+
+
+def _own_figures(
+    clocks: Mapping[tuple[str, str], OwnClock],
+    fed: Mapping[str, Arrays],
     config: BenchmarkConfig,
-    turns: Interleaved | None,
-    captured: Mapping[str, bool],
-) -> Timing:
-    name, batch = contestant.name, next(iter(feeds.values())).shape[0]
-    host = summarise(_host(runner, feeds, config))
-    if turns is None or name not in turns.rounds:
-        return Timing(name, batch, contestant.bytes, None, host)
-    return Timing(name, batch, contestant.bytes, turns.summary(name), host, turns.latency(name), captured[name])
+    not_run: dict[str, str],
+) -> tuple[OwnFigure, ...]:
+    """What other programs say of the engines that were timed; ``not_run`` gets those that say nothing."""
+    figures = []
+    for (tool, name), clock in clocks.items():
+        if name not in fed:
+            continue
+        try:
+            figures.append(clock(name, fed[name], config.seconds, config.warmup_seconds))
+        except PipelineError as error:
+            not_run[f"{tool}, {name}"] = explained(error)
+    return tuple(figures)
+
+
+def _warnings(
+    contests: Mapping[str, Interleaved | None], timings: Sequence[Timing], slowed: Set[str]
+) -> tuple[str, ...]:
+    """What speaks against the figures: latencies and clocks that moved."""
+    found = [
+        f"{place}: the latencies had not settled after {turns.warm_ups} turns; other programs may use the machine"
+        for place, turns in contests.items()
+        if turns is not None and not turns.settled
+    ]
+    for timing in timings:
+        median = timing.median_ms
+        if median is not None and median.spread > MOVED * median.median:
+            found.append(f"{timing.name}: its rounds spread by ±{median.spread / median.median:.1%}")
+    clocks = [mhz for timing in timings for mhz in timing.sm_mhz or ()]
+    if clocks and max(clocks) - min(clocks) > MOVED * max(clocks):
+        found.append(f"the GPU's clock moved between {min(clocks)} and {max(clocks)} MHz")
+    if slowed:
+        found.append(f"the GPU held its clocks down: {', '.join(sorted(slowed))}")
+    return tuple(found)
 
 
 def _verdict(
@@ -152,18 +283,3 @@ def _verdict(
         why = f"no {missing[0].upper()} engine runs on this machine. {not_run.get(missing[0], '')}"
         return no_verdict(config.min_speedup, why.strip())
     return judge(turns.ratio("fp16", "int8"), config.min_speedup, engines.get("int8"), engines.get("fp16"))
-
-
-def _host(runner: Runner, feeds: Arrays, config: BenchmarkConfig) -> NDArray[np.float64]:
-    """Milliseconds of whole calls: a call returns when its results are on the host, so the host's clock is right."""
-    warm_until = time.perf_counter() + config.warmup_seconds
-    runner(feeds)
-    while time.perf_counter() < warm_until:
-        runner(feeds)
-    laps: list[float] = []
-    end = time.perf_counter() + config.seconds
-    while not laps or time.perf_counter() < end:
-        started = time.perf_counter_ns()
-        runner(feeds)
-        laps.append((time.perf_counter_ns() - started) / 1e6)
-    return np.asarray(laps)

@@ -14,13 +14,15 @@ from pipeline.backends import cuda
 from pipeline.backends.layers import parse_layers
 from pipeline.backends.tensorrt import TensorrtBuilder
 from pipeline.config import BenchmarkConfig, EngineConfig, ProfileRange
+from pipeline.contenders import GpuContender
+from pipeline.contest import Contestant
 from pipeline.engines import load_engine
 from pipeline.graph.cost import convolution_macs, operators
 from pipeline.inspection import inspect_file
 from pipeline.metrics.interleaving import interleave
 from pipeline.reports import BenchmarkReport
 from pipeline.speed import account_for
-from pipeline.stages.benchmark import Contestant, benchmark
+from pipeline.stages.benchmark import benchmark
 from pipeline.stages.engine import build_engine
 from tests.tiny_unet import SIZE, images, observed_table, save, tiny_unet
 
@@ -111,9 +113,8 @@ def test_verdict(build, tmp_path):
     contestants = [
         Contestant(
             precision,
-            "GPU, CUDA events",
+            functools.partial(GpuContender, functools.partial(load_engine, plan(build, precision)), "tensorrt"),
             plan(build, precision).stat().st_size,
-            functools.partial(load_engine, plan(build, precision)),
             precision,
             json.loads((build / "engine" / precision / "manifest.json").read_text())["engine_sha256"],
         )
@@ -125,7 +126,7 @@ def test_verdict(build, tmp_path):
     report = benchmark(
         contestants,
         {},
-        lambda runner: images(1)[0],
+        lambda spec: images(1)[0][spec.name],
         cuda.current_device(),
         CONFIG,
         folder,
@@ -133,7 +134,7 @@ def test_verdict(build, tmp_path):
         wants_verdict=True,
     )
     assert from_json(BenchmarkReport, folder / "report.json") == report
-    assert report.notes == ()
+    assert not any("time of its layers" in note for note in report.notes)
     verdict = report.verdict
     assert verdict.worthwhile is (verdict.speedup.low > 1)
     assert 0 < verdict.speedup.low <= verdict.speedup.median <= verdict.speedup.high

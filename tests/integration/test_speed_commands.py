@@ -13,7 +13,7 @@ from pipeline.backends.layers import parse_layers
 from pipeline.config import load_config
 from pipeline.errors import ModelError
 from pipeline.metrics.latency import Estimate
-from pipeline.reports import BenchmarkReport
+from pipeline.reports import Accuracy, BenchmarkReport, Candidate, ValidationReport
 from pipeline.run import Run
 from pipeline.speed import account, judge, no_verdict
 from tests.conftest import REPOSITORY
@@ -109,6 +109,37 @@ def test_int8_brings_its_fp16_sibling(monkeypatch, tmp_path, runs, refused, buil
     assert seen["wants_verdict"]
 
 
+@pytest.mark.parametrize("validated", ["the same engine", "another engine", None])
+def test_accuracy_is_the_last_validations_of_the_same_engine(monkeypatch, tmp_path, engine, validated):
+    seen = {}
+
+    def stage(contestants, not_run, *rest, **more):
+        seen.update({each.name: each for each in contestants})
+        (rest[-1] / "report.json").write_bytes(to_json(report(None)))
+
+    sha = sha256_bytes(b"a plan")
+    here = SimpleNamespace(capabilities=SimpleNamespace(why_not_run="", device=GPU))
+    what = SimpleNamespace(emulated=False, model_sha256=sha, ran="tensorrt 8.6.0")
+    (tmp_path / "clean.onnx").write_bytes(b"")
+    monkeypatch.setattr(Run, "clean", lambda self: tmp_path / "clean.onnx")
+    monkeypatch.setattr(Run, "engine", lambda self, precision: engine.parent)
+    monkeypatch.setattr(Run, "_runs", lambda self, precision: True)
+    monkeypatch.setattr(Run, "_resolved", lambda self, precision: here)
+    monkeypatch.setattr(Run, "_candidate", lambda self, precision, folder: (what, None))
+    monkeypatch.setattr("pipeline.stages.benchmark.benchmark", stage)
+    with Run(load_config(Path(CELLS)), tmp_path) as work:
+        if validated:
+            judged = Candidate("fp32", False, "", sha if validated == "the same engine" else "other", None, None)
+            found = ValidationReport(judged, True, (), (), 0.9984, None, None, 1.0, None, None, (), (), 1.0)
+            target = work.folder / "validate" / "fp32" / "report.json"
+            target.parent.mkdir(parents=True)
+            target.write_bytes(to_json(found))
+        work.benchmark(["fp32"])
+    known = Accuracy(0.9984, None, True) if validated == "the same engine" else None
+    assert seen["fp32"].accuracy == known
+    assert seen["fp32"].build_seconds == 1.0
+
+
 @pytest.mark.parametrize("command", ["run", "benchmark"])
 def test_a_machine_that_runs_no_engine_says_so_at_once(project, unet_trt, tmp_path, command):
     done = unet_trt(
@@ -127,6 +158,48 @@ def test_benchmark_without_a_gpu_says_why_there_is_no_verdict(project, unet_trt,
     stored = json.loads((tmp_path / "b" / "tiny" / "benchmark" / "report.json").read_text())
     assert stored["verdict"]["worthwhile"] is None
     assert not (tmp_path / "b" / "tiny" / "engine" / "fp16").exists()
+
+
+def test_candidates_beside_fp32_on_a_machine_without_a_gpu(project, unet_trt, tmp_path):
+    """Torch in its own process; whoever cannot run is listed with the reason."""
+    chosen = "benchmark.candidates=[torch-fp32,torch-tf32,torch-compile,onnxruntime-cuda,raw-engine,polygraphy,trtexec]"
+    arguments = ["-c", project.config, "--backend", "onnxruntime", "-p", "fp32", "--build-dir", tmp_path / "b"]
+    limits = ["--set", "benchmark.compile_seconds=0.5", "--set", "benchmark.throughput=true"]
+    done = unet_trt("benchmark", *arguments, "--set", chosen, *limits)
+    assert done.code == 0, done
+    stored = json.loads((tmp_path / "b" / "tiny" / "benchmark" / "report.json").read_text())
+    assert [timing["name"] for timing in stored["timings"]] == ["FP32 on ONNX Runtime, CPU", "torch eager, FP32"]
+    for timing in stored["timings"]:
+        assert timing["agreement"] > 0.999
+        assert len(timing["rounds_ms"]) == stored["rounds"]
+    assert 1 in [timing["ratio"]["median"] for timing in stored["timings"]]
+    assert stored["timings"][1]["ran"].startswith("torch ")
+    assert [(row["batch"], row["streams"]) for row in stored["throughput"][1:]] == [(1, 1), (2, 1), (4, 1), (8, 1)]
+    reasons = {
+        "torch eager, TF32": "TF32 is an arithmetic of GPUs",
+        "torch.compile, FP16 channels-last": "torch.compile had not finished after 0.5 s",
+        "FP32 on ONNX Runtime, CUDA": "no CUDA provider",
+        "raw export, fp16": "no engine runs",
+        "Polygraphy": "no engine runs",
+        "trtexec": "no engine runs",
+    }
+    for name, why in reasons.items():
+        assert why in stored["not_run"][name]
+        assert re.search(rf"{re.escape(name)}: not measured\..*{re.escape(why)}", done.out)
+    assert "images/s" in done.out
+    assert "torch eager, FP32" in done.out
+
+
+def test_another_interpreter_that_is_not_there(project, unet_trt, tmp_path):
+    arguments = ["-c", project.config, "--backend", "onnxruntime", "-p", "fp32", "--build-dir", tmp_path / "b"]
+    done = unet_trt(
+        "benchmark", *arguments, "--set", "benchmark.candidates=[torch-fp32]", "--torch-python", "no/python"
+    )
+    assert done.code == 0, done
+    assert "torch eager, FP32: not measured. there is no interpreter no/python" in done.out
+    done = unet_trt("benchmark", *arguments, "--torch-python", "python3")
+    assert done.code == 2, done
+    assert "candidates that are not chosen" in done.err
 
 
 @pytest.fixture
