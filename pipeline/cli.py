@@ -60,6 +60,7 @@ RequireSpeedupOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BUILD = Path("build")
+PROFILE_SIZES = ("min", "opt", "max")
 
 
 @app.callback()
@@ -290,6 +291,9 @@ def engine(
     precision: PrecisionsOption = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="model.engine.")] = None,
     calibration_cache: Annotated[Path | None, typer.Option(help="TensorRT calibration cache, for int8.")] = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Sizes of a free axis: batch=MIN:OPT:MAX; height and width likewise.")
+    ] = None,
     route: RouteOption = None,
     backend: BackendOption = None,
     config: ConfigOption = None,
@@ -327,7 +331,10 @@ def engine(
             fix="write a configuration with network.onnx; its mixed/config.yaml then names engine.exclude",
         )
     target = _required(output, "-o model.engine")
-    settings_of_engine = _section(EngineConfig, {"backend": backend or "auto", "route": route or "auto"})
+    sizes = dict(map(_profile, profile or ()))
+    settings_of_engine = _section(
+        EngineConfig, {"backend": backend or "auto", "route": route or "auto", "profile": sizes}
+    )
     table = read_cache(calibration_cache) if calibration_cache else None
     cache_sha256 = sha256_file(calibration_cache) if calibration_cache else None
     card = read_card(load_model(model))
@@ -619,6 +626,16 @@ def _without_config(model: Path, config: Path | None, overrides: list[str] | Non
             got=" ".join(["-c"] * (config is not None) + ["--set"] * bool(overrides)),
             fix="write a configuration with network.onnx, or leave these options out",
         )
+
+
+def _profile(text: str) -> tuple[str, dict[str, str]]:
+    from pipeline.errors import ConfigError
+
+    axis, _, sizes = text.partition("=")
+    values = sizes.split(":")
+    if len(values) != len(PROFILE_SIZES):
+        raise ConfigError("--profile needs three sizes of an axis", expected="such as batch=1:1:5", got=text)
+    return axis, dict(zip(PROFILE_SIZES, values, strict=True))
 
 
 def _required(value: Any, option: str) -> Any:

@@ -100,6 +100,7 @@ class PreprocessingConfig(Strict):
     height: int = Field(gt=0)
     width: int = Field(gt=0)
     resize: Literal["stretch", "letterbox", "none"] = "none"
+    interpolation: Literal["bilinear", "nearest"] = Field("bilinear", description="of the image, where it is resized")
     channels: Literal["grey", "rgb", "bgr"] = "rgb"
     scale: float = Field(1 / 255, gt=0)
     mean: tuple[float, ...] = (0.0,)
@@ -127,7 +128,11 @@ class ClassConfig(Strict):
 
 
 class SplitConfig(Strict):
-    """Folders of one split, relative to ``data.root``; labels may be absent where none are needed."""
+    """Folders of one split, relative to ``data.root``; labels may be absent where none are needed.
+
+    Or patterns such as ``leftImg8bit/train/*/*_leftImg8bit.png``: files are called by what the star of the last part
+    stands for.
+    """
 
     images: str
     labels: str | None = None
@@ -198,6 +203,7 @@ class CalibrateConfig(Strict):
         "auto", description="where activations are computed; auto: gpu where that is possible, otherwise cpu"
     )
     images: int = Field(32, gt=0)
+    batch: int = Field(1, gt=0, description="images fed at a time; the graph's batch has to be free or as many")
     bins: int = Field(2048, ge=256)
     percentile: float = Field(99.99, gt=0, le=100, description="of algorithm: percentile")
     skip_bad: bool = Field(False, description="go on without images that cannot be decoded")

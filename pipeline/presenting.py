@@ -59,6 +59,9 @@ def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], 
         for name in (getattr(reports[0].scores, key) if reports[0].scores else ())
     ]
     if reports[0].scores:
+        if reports[0].scores.category_iou:
+            means = (number(side.mean_category_iou if side else None) for side in sides)
+            rows.append(("mean IoU of categories", *means))
         rows.append(("mean Dice", *(number(side.mean_dice if side else None) for side in sides)))
         rows.append(("boundary F-score", *(number(side.mean_boundary_f if side else None) for side in sides)))
     rows += [

@@ -61,4 +61,4 @@ def kept(trials: Sequence[AlgorithmTrial]) -> Algorithm:
 def _masks(model: ModelProto, feeds: Sequence[NDArray[Any]]) -> list[NDArray[np.integer]]:
     with OnnxRuntimeRunner(model.SerializeToString()) as runner:
         source, output = runner.inputs[0].name, runner.outputs[0].name
-        return [class_ids(runner({source: x})[output], ANY_CLASS) for x in feeds]
+        return [class_ids(one[np.newaxis], ANY_CLASS) for x in feeds for one in runner({source: x})[output]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,8 @@ def image_folder(
     """The images of a folder in sorted order, with the label maps of the same name from ``labels`` where given.
 
     Args:
+        folder, labels: folders, whose files are called by their stems, or patterns such as
+            ``leftImg8bit/val/*/*_leftImg8bit.png``, whose files are called by what the last part's star stands for.
         data: says which label values are which classes; without it, values are taken as they are.
     """
     images = _files(folder, "images")
@@ -135,7 +138,7 @@ def image_folder(
         if missing:
             raise DataError(
                 f"the image {images[missing[0]]} has no label map",
-                expected=f"a file named {missing[0]} with any of {', '.join(IMAGE_ENDINGS)} in {labels}",
+                expected=f"a file for {missing[0]} with any of {', '.join(IMAGE_ENDINGS)} in {labels}",
                 got=f"{len(missing)} of {len(images)} images without one",
                 fix="add the label maps, or move the images out of the folder",
             )
@@ -172,31 +175,50 @@ def _folder(data: DataConfig, preprocessing: PreprocessingConfig, split: SplitCo
 
 
 def _files(folder: Path, what: str) -> dict[str, Path]:
-    """Files by stem, sorted."""
-    if not folder.is_dir():
-        raise DataError(
-            f"the folder {folder} does not exist",
-            expected=f"a folder of {what}",
-            fix="check data.root (--set data.root=FOLDER) and the split's folder names",
-        )
+    """Files by name, sorted by path: a folder's, or those that a pattern finds."""
+    found, name_of = _found(folder, what)
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(found):
         if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and not path.is_dir():
-            if path.stem in files:
+            name = name_of(path)
+            if name in files:
                 raise DataError(
-                    f"{path} and {files[path.stem].name} have the same name",
+                    f"{path} and {files[name]} have the same name",
                     expected="one file a name, since images and label maps are paired by it",
                     fix="rename or remove one of them",
                 )
-            files[path.stem] = path
+            files[name] = path
     if not files:
         raise DataError(
-            f"the folder {folder} is empty",
+            f"the pattern {folder} finds nothing" if "*" in str(folder) else f"the folder {folder} is empty",
             expected=f"{what} ending in {', '.join(IMAGE_ENDINGS)}",
-            got=f"{sum(1 for _ in folder.iterdir())} other files",
+            got=f"{len(found)} other files",
             fix="check data.root and the split's folder names",
         )
     return files
+
+
+def _found(folder: Path, what: str) -> tuple[list[Path], Callable[[Path], str]]:
+    """All files of a folder or pattern, and what names one."""
+    if "*" not in str(folder):
+        if not folder.is_dir():
+            raise DataError(
+                f"the folder {folder} does not exist",
+                expected=f"a folder of {what}",
+                fix="check data.root (--set data.root=FOLDER) and the split's folder names",
+            )
+        return list(folder.iterdir()), lambda path: path.stem
+    before, *behind = folder.name.split("*")
+    if len(behind) != 1:
+        raise DataError(
+            f"the pattern {folder} has {len(behind)} stars in its last part",
+            expected="one, which stands for the names, such as images/*/*.png",
+            fix="correct the pattern",
+        )
+    # Whatever else a glob understands is meant as it stands.
+    pattern = "*".join(map(glob.escape, str(folder.relative_to(folder.anchor)).split("*")))
+    found = list(Path(folder.anchor).glob(pattern))
+    return found, lambda path: path.name.removeprefix(before).removesuffix(behind[0])
 
 
 def _class_table(data: DataConfig | ModelCard) -> tuple[NDArray[np.bool_], Pixels]:

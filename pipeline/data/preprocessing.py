@@ -128,8 +128,12 @@ def _fit(plane: Pixels, spec: PreprocessingConfig, resample: Image.Resampling, f
 
 
 def fit_image(image: Pixels, spec: PreprocessingConfig) -> Pixels:
-    """The uint8 (H, W, C) image at the network's size (``resize: none`` keeps its own)."""
-    return _fit(image, spec, Image.Resampling.BILINEAR, spec.pad_value)
+    """The uint8 (H, W, C) image at the network's size (``resize: none`` keeps its own).
+
+    ``interpolation: nearest`` takes the pixel at the centre of each new one, as Pillow does.
+    """
+    resample = Image.Resampling.NEAREST if spec.interpolation == "nearest" else Image.Resampling.BILINEAR
+    return _fit(image, spec, resample, spec.pad_value)
 
 
 def fit_label(label: Pixels, spec: PreprocessingConfig, void: int | None) -> Pixels:

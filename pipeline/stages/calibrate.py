@@ -1,4 +1,4 @@
-"""Calibration: the range of every activation, from images, one at a time."""
+"""Calibration: the range of every activation, from images, a batch at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,10 @@ def calibrate(
     Memory is independent of the number of images: see ``cpu_histograms`` and ``gpu_histograms``.
 
     Args:
-        clean: ONNX graph with one image input, float32 (N, C, H, W) or uint8 (N, H, W, C); a fixed N > 1 gets the image
-            N times.
-        samples: all of them are used, one at a time, once each.
+        clean: ONNX graph with one image input, float32 (N, C, H, W) or uint8 (N, H, W, C); with ``batch`` 1, a fixed
+            N > 1 gets the image N times.
+        samples: all of them are used, ``batch`` at a time, once each; a last batch that lacks some is filled up with
+            its own images.
         cache, report: written last, each whole or not at all; their folder is made where missing.
         validation: names of the validation images by ``Sample.content_hash()`` (see ``content_hashes``).
         engine: workspace for ``calibrator`` gpu and tensorrt; ``exclude`` and ``qdq`` for ``algorithm: auto``; default:
@@ -65,7 +67,7 @@ def calibrate(
 
     Raises:
         CalibrationError: no image, or too few for ``auto``; an image that is a validation image too; one that does not
-            fit the graph's input; NaN or infinite activations.
+            fit the graph's input, or a ``batch`` that does not; NaN or infinite activations.
         DataError: an image that cannot be decoded, without ``skip_bad``.
         ModelError: a graph that cannot be loaded or run, or has not exactly one input.
         UnsupportedError: ``calibrator: gpu`` or ``tensorrt`` without what they need.
@@ -80,7 +82,7 @@ def calibrate(
             f"{clean} has {len(specs)} inputs", expected="one image input", got=", ".join(spec.name for spec in specs)
         )
     tensors = activation_tensors(model)
-    images = _Images(samples, specs[0], preprocessing, validation or {}, config.skip_bad)
+    images = _Images(samples, specs[0], preprocessing, validation or {}, config)
     calibrator = resolve_calibrator(config.calibrator)
     trials: list[AlgorithmTrial] = []
     held_out: list[int] = []
@@ -100,11 +102,10 @@ def calibrate(
         if config.algorithm == "auto":
             held_out = _held_out(len(samples))
             histograms = collect(images.read([i for i in range(len(samples)) if i not in held_out]))
-            judges = [x for _, x in images.read(held_out, "held-out images")]
-            trials = try_algorithms(model, histograms, judges, config, engine)
+            judges = list(images.read(held_out, "held-out images"))
+            trials = try_algorithms(model, histograms, [x for _, x in judges], config, engine)
             algorithm = kept(trials)
-            names = iter(images.names[-len(judges) :])
-            for histogram, more in zip(histograms, collect(zip(names, judges, strict=True)), strict=True):
+            for histogram, more in zip(histograms, collect(judges), strict=True):
                 histogram.merge(more)
         else:
             algorithm = config.algorithm
@@ -161,7 +162,7 @@ def content_hashes(samples: Iterable[Sample]) -> dict[str, str]:
 
 
 class _Images:
-    """The calibration images as network input, one at a time; keeps their names and hashes."""
+    """The calibration images as network input, a batch at a time; keeps their names and hashes."""
 
     def __init__(
         self,
@@ -169,18 +170,27 @@ class _Images:
         spec: TensorSpec,
         preprocessing: PreprocessingConfig,
         validation: Mapping[str, str],
-        skip_bad: bool,
+        config: CalibrateConfig,
     ) -> None:
         self.samples, self.spec, self.preprocessing = samples, spec, preprocessing
-        self.validation, self.skip_bad = validation, skip_bad
+        self.validation, self.skip_bad, self.batch = validation, config.skip_bad, config.batch
+        self.filled = 0
+        fixed = spec.shape[0] if spec.shape else 1
+        if self.batch > 1 and isinstance(fixed, int) and fixed != self.batch:
+            raise CalibrationError(
+                f"calibrate.batch is {self.batch}, which the graph does not take",
+                expected=f"batches of {fixed}, as input {spec.name} has the shape {spec.shape}",
+                fix="set calibrate.batch to 1, or export with a dynamic batch (export.dynamic, engine.profile.batch)",
+            )
         self.names: list[str] = []
         self.hashes: list[str] = []
         self.skipped: list[str] = []
 
     def read(self, which: Sequence[int] | None = None, what: str = "calibration images") -> Iterator[Named]:
-        """Name of each, or of those at the places given, and its array as the graph takes it."""
+        """Each batch's names, and its array as the graph takes it: of all images, or of those at the places given."""
         places = range(len(self.samples)) if which is None else which
         before = len(self.names)
+        waiting: list[Named] = []
         for place in track(places, what, len(places)):
             sample = self._sample(place)
             if sample is None:
@@ -194,7 +204,10 @@ class _Images:
                 )
             self.names.append(sample.name)
             self.hashes.append(digest)
-            yield sample.name, self._input(sample)
+            waiting.append((sample.name, self._input(sample)))
+            if len(waiting) == self.batch:
+                yield _joined(waiting)
+                waiting.clear()
         if len(self.names) == before:
             raise CalibrationError(
                 f"there are no {what}",
@@ -202,6 +215,10 @@ class _Images:
                 got=f"{len(self.skipped)} that cannot be decoded" if self.skipped else "none",
                 fix="check data.calibration",
             )
+        if waiting:
+            # TensorRT and the GPU's engine take batches of one size only.
+            self.filled += self.batch - len(waiting)
+            yield _joined([waiting[place % len(waiting)] for place in range(self.batch)])
 
     def notes(self) -> Iterator[str]:
         if len(self.names) < ENOUGH_IMAGES:
@@ -209,6 +226,8 @@ class _Images:
         repeated = len(self.hashes) - len(set(self.hashes))
         if repeated:
             yield f"{repeated} of {len(self.hashes)} calibration images repeat another"
+        if self.filled:
+            yield f"of the {self.batch} images of the last batch, {self.filled} are repeated to fill it up"
         if self.skipped:
             yield f"{len(self.skipped)} images were skipped: {'; '.join(self.skipped)}"
 
@@ -222,8 +241,10 @@ class _Images:
             return None
 
     def _input(self, sample: Sample) -> NDArray[Any]:
+        # Of a batch, each image is fed for itself; alone, it fills the batch that a graph wants.
+        spec = self.spec if self.batch == 1 else replace(self.spec, shape=("batch", *self.spec.shape[1:]))
         try:
-            return feed_image(self.spec, sample.image, self.preprocessing)[self.spec.name]
+            return feed_image(spec, sample.image, self.preprocessing)[self.spec.name]
         except DataError as error:
             raise CalibrationError(
                 f"the calibration image {sample.name} does not fit the graph's input {self.spec.name}",
@@ -231,6 +252,19 @@ class _Images:
                 got=error.got,
                 fix="set preprocessing (resize, height, width, channels) to what the graph was exported for",
             ) from error
+
+
+def _joined(batch: Sequence[Named]) -> Named:
+    names = ", ".join(dict.fromkeys(name for name, _ in batch))
+    shapes = {x.shape[1:] for _, x in batch}
+    if len(shapes) > 1:
+        raise CalibrationError(
+            f"the calibration images {names} have different sizes",
+            expected="one size a batch",
+            got=", ".join(map(str, sorted(shapes))),
+            fix="set calibrate.batch to 1, or preprocessing.resize to stretch or letterbox",
+        )
+    return names, np.concatenate([x for _, x in batch])
 
 
 def _held_out(count: int) -> list[int]:

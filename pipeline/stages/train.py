@@ -32,7 +32,12 @@ IGNORED = 255
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training run gave; ``class_iou`` is NaN for classes that the validation labels do not hold."""
+    """What a training run gave.
+
+    Attributes:
+        class_iou: NaN for classes that the validation labels do not hold.
+        first_loss, last_loss: means over the first and the last tenth of the steps.
+    """
 
     mean_iou: float
     mean_iou_half: float
@@ -41,6 +46,8 @@ class TrainingReport:
     seconds: float
     device: str
     parameters: int
+    first_loss: float
+    last_loss: float
 
 
 def train(config: Config, weights: Path) -> TrainingReport:
@@ -81,6 +88,7 @@ def train(config: Config, weights: Path) -> TrainingReport:
         optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
     )
     class_weights = torch.tensor(recipe.class_weights, device=device) if recipe.class_weights else None
+    losses: list[Tensor] = []
     network.train()
     for step, (image_batch, label_batch) in enumerate(_batches(samples, config), 1):
         images = torch.from_numpy(image_batch).to(device)
@@ -92,6 +100,7 @@ def train(config: Config, weights: Path) -> TrainingReport:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        losses.append(loss.detach())
         if step % 100 == 0 or step == recipe.steps:
             log.info("step %d of %d: loss %.4f, %.0f s", step, recipe.steps, loss.item(), time.perf_counter() - started)
     network.eval()
@@ -102,6 +111,7 @@ def train(config: Config, weights: Path) -> TrainingReport:
         if not name.endswith("num_batches_tracked")
     }
     network.load_state_dict(half, strict=False)
+    tenth = max(1, recipe.steps // 10)
     report = TrainingReport(
         mean_iou=mean_iou(confusion),
         mean_iou_half=mean_iou(_evaluate(network, validation, config)),
@@ -110,6 +120,8 @@ def train(config: Config, weights: Path) -> TrainingReport:
         seconds=time.perf_counter() - started,
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         parameters=sum(p.numel() for p in network.parameters()),
+        first_loss=float(torch.stack(losses[:tenth]).mean()),
+        last_loss=float(torch.stack(losses[-tenth:]).mean()),
     )
     _write(half, report, config, weights, len(samples), len(validation))
     return report
@@ -256,6 +268,7 @@ def _write(
 - Data: `{config.name}` ({config.data.kind}), {trained} training images, judged on {judged} validation images.
 - Recipe: {report.steps} steps of {config.train.batch} images, seed {config.train.seed}, see `train` in its config.
 - Trained in {report.seconds:.0f} s on {report.device}.
+- Loss: {report.first_loss:.3f} over the first tenth of the steps, {report.last_loss:.3f} over the last.
 - mIoU on the validation images: {report.mean_iou:.4f} with FP32 weights, {report.mean_iou_half:.4f} as stored.
 - Reproduce: `unet-trt train -c configs/{config.name}.yaml`. Other hardware gives slightly other weights.
 

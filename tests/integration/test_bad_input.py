@@ -53,6 +53,15 @@ def test_a_model_file_beside_a_configuration(command: str, tmp_path: Path, unet_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_profile_that_is_none(unet_trt: Command) -> None:
+    for text, message in (
+        ("batch=1:5", "--profile needs three sizes of an axis"),
+        ("batch=5:1:1", "needs min <= opt <= max"),
+        ("depth=1:1:1", "depth"),
+    ):
+        fails(unet_trt("engine", "m.onnx", "-p", "fp32", "--profile", text, "-o", "m.engine"), 2, message)
+
+
 def test_usage_error(unet_trt: Command) -> None:
     result = unet_trt("frobnicate")
     assert result.code == 2

@@ -188,6 +188,30 @@ def test_dynamic_batch_gives_the_same_ranges(static: Path, dynamic: Path, tmp_pa
     assert b.tensors[-1].amax == pytest.approx(a.tensors[-1].amax, rel=1e-5)
 
 
+def test_batches_give_the_same_ranges(dynamic: Path, tmp_path: Path) -> None:
+    one = calibrate(dynamic, pictures(6), MINMAX, SPEC, tmp_path / "a")
+    many = calibrate(dynamic, pictures(6), MINMAX.model_copy(update={"batch": 3}), SPEC, tmp_path / "b")
+    assert [entry.tensor for entry in many.tensors] == [entry.tensor for entry in one.tensors]
+    for a, b in zip(one.tensors, many.tensors, strict=True):
+        assert b.amax == pytest.approx(a.amax, rel=1e-5)
+    assert (many.image_count, many.images) == (6, one.images)
+    assert many.notes == one.notes
+
+
+def test_batches_that_a_graph_does_not_take(static: Path, dynamic: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"calibrate\.batch is 5") as caught:
+        calibrate(static, pictures(5), CalibrateConfig(batch=5), SPEC, tmp_path)
+    assert caught.value.expected is not None
+    assert "batches of 1" in caught.value.expected
+
+
+def test_a_batch_of_images_of_different_sizes(tmp_path: Path) -> None:
+    path = small(tmp_path / "m.onnx", "{ y = Neg(x) }", "float[b, 1, h, w] x", "float[b, 1, h, w] y")
+    samples = [picture("a"), Sample("b", picture("b").image[:32], None)]
+    with pytest.raises(CalibrationError, match="images a, b have different sizes"):
+        calibrate(path, samples, MINMAX.model_copy(update={"batch": 2}), SPEC, tmp_path)
+
+
 class CountingRunner(OnnxRuntimeRunner):
     """Knows how many bytes of all runners' outputs were alive at once (tracemalloc does not see them)."""
 
@@ -414,6 +438,28 @@ def test_an_unwritable_folder(static: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BuildFolderError, match="file"):
         calibrate(static, pictures(1), MINMAX, SPEC, tmp_path / "file" / "calibrate")
+
+
+def test_a_last_batch_is_filled_up_with_its_own_images(
+    dynamic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands in for a GPU, whose calibrators take batches of one shape only."""
+    from pipeline.backends import tensorrt
+
+    fed: list[np.ndarray] = []
+
+    def fake(model: Path, batches: Iterator[dict[str, np.ndarray]], algorithm: str, config: object) -> CalibrationTable:
+        fed.extend(itertools.chain.from_iterable(batch.values() for batch in batches))
+        return CalibrationTable("entropy", {"x": 2.0})
+
+    monkeypatch.setattr(tensorrt, "calibrate_with_tensorrt", fake)
+    samples = list(pictures(7))
+    report = calibrate(dynamic, samples, CalibrateConfig(calibrator="tensorrt", batch=5), SPEC, tmp_path)
+    assert [x.shape for x in fed] == [(5, 1, SIZE, SIZE)] * 2
+    wanted = [preprocess(sample.image, SPEC) for sample in samples]
+    np.testing.assert_array_equal(np.concatenate(fed), [wanted[i] for i in (0, 1, 2, 3, 4, 5, 6, 5, 6, 5)])
+    assert report.image_count == 7
+    assert "of the 5 images of the last batch, 3 are repeated to fill it up" in report.notes
 
 
 def test_tensorrts_own_calibrator(static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

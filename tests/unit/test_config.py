@@ -24,8 +24,9 @@ def test_shipped_configs_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISBI_ROOT", "/data/isbi")
     monkeypatch.setenv("CAMVID_ROOT", "/data/camvid")
     monkeypatch.setenv("KERAS_ONNX", "/data/unet.onnx")
+    monkeypatch.setenv("CITYSCAPES_ROOT", "/data/cityscapes")
     names = {load_config(path).name for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert {"cells", "isbi", "camvid", "wts", "keras"} <= names
+    assert {"cells", "isbi", "camvid", "camvid-fcn8s", "cityscapes", "wts", "keras"} <= names
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:

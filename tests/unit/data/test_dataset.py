@@ -74,6 +74,38 @@ class TestFolders:
         assert dataset[-1].label is None
         assert dataset[-1].image.shape == (4, 6, 1)
 
+    def test_patterns_pair_by_what_their_star_stands_for(self, tmp_path: Path) -> None:
+        for city, number in (("ulm", 2), ("bonn", 1), ("bonn", 3)):
+            name = f"{city}_{number}"
+            write(tmp_path / "left" / city / f"{name}_left.png", np.full((4, 6, 3), number, np.uint8))
+            write(tmp_path / "left" / city / f"{name}_right.png", np.zeros((4, 6, 3), np.uint8))
+            write(tmp_path / "fine" / city / f"{name}_ids.png", np.full((4, 6), number % 2, np.uint8))
+            write(tmp_path / "fine" / city / f"{name}_colour.png", np.zeros((4, 6, 3), np.uint8))
+        split = {"images": "left/*/*_left.png", "labels": "fine/*/*_ids.png"}
+        dataset = open_dataset(folder_config(tmp_path, train=split, validation=split), RGB, "train")
+        assert dataset.names == ("bonn_1", "bonn_3", "ulm_2")
+        assert [(int(s.image[0, 0, 0]), int(s.label[0, 0])) for s in dataset if s.label is not None] == [
+            (1, 1),
+            (3, 1),
+            (2, 0),
+        ]
+
+    def test_patterns_that_cannot_name_files(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"the pattern .*\*/\*\.png finds nothing"):
+            image_folder(tmp_path / "*" / "*.png", "rgb")
+        for pattern, stars in (("*/image.png", 0), ("*_*.png", 2)):
+            with pytest.raises(DataError, match=f"has {stars} stars in its last part"):
+                image_folder(tmp_path / pattern, "rgb")
+        for folder in ("a", "b"):
+            write(tmp_path / folder / "same.png", np.zeros((4, 6, 3), np.uint8))
+        with pytest.raises(DataError, match=r"b/same\.png and .*a/same\.png have the same name"):
+            image_folder(tmp_path / "*" / "*.png", "rgb")
+
+    def test_other_wildcards_mean_themselves(self, tmp_path: Path) -> None:
+        for folder in ("[ab]", "a"):
+            write(tmp_path / folder / f"{folder}.png", np.zeros((4, 6, 3), np.uint8))
+        assert image_folder(tmp_path / "[ab]" / "*.png", "rgb").names == ("[ab]",)
+
     def test_missing_folder(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"the folder .*nowhere does not exist"):
             image_folder(tmp_path / "nowhere", "rgb")
@@ -96,7 +128,7 @@ class TestFolders:
 
     def test_duplicate_stem(self, root: Path) -> None:
         write(root / "images" / "i4.bmp", np.zeros((4, 6, 3), np.uint8))
-        with pytest.raises(DataError, match=r"i4\.png and i4\.bmp have the same name"):
+        with pytest.raises(DataError, match=r"i4\.png and .*i4\.bmp have the same name"):
             image_folder(root / "images", "rgb")
 
     def test_label_of_another_size(self, root: Path) -> None:

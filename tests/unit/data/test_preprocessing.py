@@ -183,6 +183,20 @@ class TestFit:
         assert differing <= 2 * (2 * 13 + 2 * 26)
 
 
+class TestInterpolation:
+    ROW = np.array([[0, 10, 20, 30, 40, 50]], np.uint8)[..., np.newaxis]
+
+    def test_nearest_takes_pixels_as_they_are(self) -> None:
+        smaller = spec(1, 3, resize="stretch", channels="grey", interpolation="nearest")
+        assert fit_image(self.ROW, smaller)[0, :, 0].tolist() == [10, 30, 50]
+        larger = smaller.model_copy(update={"width": 12})
+        assert fit_image(self.ROW, larger)[0, :, 0].tolist() == [v for v in range(0, 60, 10) for _ in range(2)]
+
+    def test_bilinear_is_the_default(self) -> None:
+        smaller = spec(1, 3, resize="stretch", channels="grey")
+        assert fit_image(self.ROW, smaller)[0, :, 0].tolist() == [7, 25, 43]
+
+
 class TestPreprocess:
     def test_normalise(self) -> None:
         image = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3)
