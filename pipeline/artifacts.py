@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from pipeline.config import ClassConfig, Precision, PreprocessingConfig
+from pipeline.config import ClassConfig, Precision, PreprocessingConfig, Task
 from pipeline.errors import BuildFolderError
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class Device:
 class ModelCard:
     """What a model file says of itself beside its graph: travels in ONNX metadata and in engine manifests.
 
-    ``label_values`` maps values in label files to class ids; None where they are equal.
+    ``label_values`` maps values in label files to class ids; None where they are equal. With ``task`` tensors there may
+    be no classes.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ModelCard:
     classes: tuple[ClassConfig, ...]
     void: int | None = None
     label_values: dict[int, int] | None = None
+    task: Task = "segmentation"
 
 
 @dataclass(frozen=True)

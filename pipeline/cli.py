@@ -744,7 +744,9 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
             "emulated: no engine ran on this machine; its typed graph ran on ONNX Runtime instead (see unet-trt doctor)"
         )
     if page is not None:
-        print(f"report: {page}\nmasks:  {work.folder / 'validate'}/<precision>/overlays")
+        print(f"report: {page}")
+        if any(report.pictures for report in reports):
+            print(f"masks:  {work.folder / 'validate'}/<precision>/overlays")
 
 
 def _set_up_logging(debug: bool, quiet: bool) -> None:

@@ -26,6 +26,7 @@ from pydantic import (
 
 from pipeline.errors import ConfigError
 
+Task = Literal["segmentation", "tensors"]
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
 BackendName = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]
 Route = Literal["auto", "implicit", "explicit"]
@@ -141,8 +142,8 @@ class SplitConfig(Strict):
 class DataConfig(Strict):
     """The images that the network is trained, calibrated and validated on."""
 
-    kind: Literal["cells", "folder"]
-    classes: tuple[ClassConfig, ...] = Field(min_length=2, max_length=255)
+    kind: Literal["cells", "shapes", "folder"]
+    classes: tuple[ClassConfig, ...] = Field((), max_length=255, description="two or more, but for task: tensors")
     void: int | None = Field(None, ge=0, le=255, description="label value that no metric counts")
     label_values: dict[int, int] | None = Field(None, description="value in the label file -> class id; default: equal")
     seed: int = 0
@@ -151,15 +152,17 @@ class DataConfig(Strict):
     validation: SplitConfig | None = None
     calibration: SplitConfig | None = Field(None, description="default: a seeded choice of the training images")
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="of train, where no validation split is named")
-    train_images: int = Field(400, gt=0, description="cells only")
-    validation_images: int = Field(32, gt=0, description="cells only")
+    train_images: int = Field(400, gt=0, description="cells and shapes only")
+    validation_images: int = Field(32, gt=0, description="cells and shapes only")
 
     @model_validator(mode="after")
     def _kind(self) -> DataConfig:
         if self.kind == "folder" and (self.root is None or self.train is None):
             raise ValueError("kind: folder needs root and train")
-        if self.kind == "cells" and (self.root or self.train or self.validation or self.calibration):
-            raise ValueError("kind: cells is generated; root, train, validation and calibration belong to kind: folder")
+        if self.kind != "folder" and (self.root or self.train or self.validation or self.calibration):
+            raise ValueError(
+                f"kind: {self.kind} is generated; root, train, validation and calibration belong to kind: folder"
+            )
         if self.void is not None and self.void < len(self.classes):
             raise ValueError(f"void is {self.void}, which is the id of class {self.classes[self.void].name!r}")
         without = [c.name for c in self.classes if c.category is None]
@@ -179,6 +182,7 @@ class ExportConfig(Strict):
     exporter: Literal["dynamo", "torchscript"] = "dynamo"
     batch: int = Field(1, gt=0, description="of a static graph, and the example of a dynamic one")
     dynamic: tuple[Axis, ...] = ()
+    outputs: tuple[str, ...] = Field((), description="names, of task: tensors; default: output_0, output_1, …")
     compare_images: int = Field(2, gt=0, description="images on which torch and ONNX Runtime are compared")
     tolerance: float = Field(1e-3, gt=0, description="max |torch - onnx| / max |torch|")
 
@@ -284,12 +288,19 @@ class Tolerance(Strict):
     rtol: float = Field(ge=0)
     statistic: Literal["elemwise", "max", "mean", "median", "quantile"] = "elemwise"
     quantile: float = Field(0.99, gt=0, le=1)
-    min_agreement: float = Field(ge=0, le=1, description="share of pixels with FP32's class")
-    max_miou_drop: float | None = Field(ge=0, le=1, description="of mean IoU; needs labels")
+    min_signal_to_error_db: float | None = Field(None, description="of every output, against FP32's")
+    min_agreement: float | None = Field(None, ge=0, le=1, description="share of pixels with FP32's class")
+    max_miou_drop: float | None = Field(None, ge=0, le=1, description="of mean IoU; needs labels")
     max_class_iou_drop: float | None = Field(None, ge=0, le=1, description="of any class's IoU; needs labels")
     max_dice_drop: float | None = Field(None, ge=0, le=1, description="of mean Dice; needs labels")
     min_boundary_f: float | None = Field(None, ge=0, le=1, description="mean boundary F-score against FP32's masks")
     max_boundary_f_drop: float | None = Field(None, ge=0, le=1, description="of mean boundary F-score; needs labels")
+
+    def named_mask_budgets(self) -> list[str]:
+        """Budgets that the config names and that only masks can keep."""
+        keys = ("min_agreement", "min_boundary_f")
+        named = [key for key in keys if key in self.model_fields_set and getattr(self, key) is not None]
+        return [*named, *self.named_label_budgets()]
 
     def named_label_budgets(self) -> list[str]:
         """Budgets that the config names and that cannot be judged without labels."""
@@ -308,6 +319,14 @@ DEFAULT_TOLERANCES: dict[Precision, Tolerance] = {
     "mixed": Tolerance(
         atol=1.0, rtol=0.1, statistic="mean", min_agreement=0.97, max_miou_drop=0.001, max_class_iou_drop=0.02
     ),
+}
+
+
+# Of outputs whose unit and range nobody knows: energy against that of the error.
+DEFAULT_TENSOR_TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(atol=1e-3, rtol=1e-3, statistic="mean", min_signal_to_error_db=80),
+    "fp16": Tolerance(atol=0.1, rtol=0.01, statistic="mean", min_signal_to_error_db=40),
+    "int8": Tolerance(atol=1.0, rtol=0.1, statistic="mean", min_signal_to_error_db=15),
 }
 
 
@@ -358,8 +377,9 @@ class ValidateConfig(Strict):
     seed: int = 0
     tolerances: dict[Precision, Tolerance] = {}
 
-    def tolerance(self, precision: Precision) -> Tolerance:
-        return self.tolerances.get(precision, DEFAULT_TOLERANCES[precision])
+    def tolerance(self, precision: Precision, task: Task = "segmentation") -> Tolerance:
+        defaults = DEFAULT_TOLERANCES if task == "segmentation" else DEFAULT_TENSOR_TOLERANCES
+        return self.tolerances.get(precision, defaults[precision])
 
 
 class BenchmarkConfig(Strict):
@@ -403,6 +423,9 @@ class Config(Strict):
     """One network and its data, from weights to verdict."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    task: Task = Field(
+        "segmentation", description="tensors: any network of one image, judged by its outputs' values alone"
+    )
     network: NetworkConfig
     data: DataConfig
     preprocessing: PreprocessingConfig
@@ -425,6 +448,10 @@ class Config(Strict):
         extra = [axis for axis in self.engine.profile if axis not in self.export.dynamic]
         if extra and self.network.onnx is None:
             raise ValueError(f"engine.profile.{extra[0]} is given, but export.dynamic does not name {extra[0]}")
+        if self.task == "segmentation":
+            self._has_masks()
+        else:
+            self._has_no_masks()
         weights = self.train.class_weights
         if weights is not None and len(weights) != len(self.data.classes):
             raise ValueError(f"train.class_weights needs {len(self.data.classes)} values, got {len(weights)}")
@@ -433,6 +460,31 @@ class Config(Strict):
         if self.engine.source == "network-api":
             self._defines_unet()
         return self
+
+    def _has_masks(self) -> None:
+        if len(self.data.classes) < 2:
+            raise ValueError(f"data.classes needs two classes or more, got {len(self.data.classes)}")
+        if self.data.kind == "shapes":
+            raise ValueError("data.kind: shapes has boxes and no label maps, so it needs task: tensors")
+        if self.export.outputs:
+            raise ValueError("export.outputs belongs to task: tensors; a segmentation network's output is its logits")
+        for precision, tolerance in self.validate_.tolerances.items():
+            missing = [key for key in ("min_agreement", "max_miou_drop") if key not in tolerance.model_fields_set]
+            if missing:
+                raise ValueError(f"validate.tolerances.{precision} needs {missing[0]}; null judges none")
+
+    def _has_no_masks(self) -> None:
+        if self.clean.output != "logits":
+            raise ValueError(f"clean.output: {self.clean.output} needs classes by pixel, so task: segmentation")
+        if self.calibrate.algorithm == "auto":
+            raise ValueError("calibrate.algorithm: auto compares masks, so it needs task: segmentation; name another")
+        if "mixed" in self.engine.precisions:
+            raise ValueError("engine.precisions: mixed keeps a budget of masks, so it needs task: segmentation")
+        for precision, tolerance in self.validate_.tolerances.items():
+            budgets = tolerance.named_mask_budgets()
+            if budgets:
+                where = f"validate.tolerances.{precision}.{budgets[0]}"
+                raise ValueError(f"{where} judges masks, so it needs task: segmentation")
 
     def _defines_unet(self) -> None:
         if self.network.factory != UNET or self.network.weights is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,12 +14,12 @@ from pipeline.artifacts import ModelCard
 from pipeline.config import Precision, Tolerance, ValidateConfig
 from pipeline.data.dataset import Sample
 from pipeline.data.preprocessing import Pixels, class_ids, restore_mask
-from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.errors import ConfigError, DataError
 from pipeline.graph.deployment import Output
 from pipeline.metrics.bootstrap import interval, resampled_sums
 from pipeline.metrics.boundary import Outlines, beside, outlines, tolerance_pixels
 from pipeline.metrics.masks import MaskFigures, MaskTally
-from pipeline.metrics.outputs import ImageErrors, OutputTally, Quantiles, margins
+from pipeline.metrics.outputs import Quantiles, margins
 from pipeline.metrics.segmentation import Figures
 from pipeline.reports import (
     Candidate,
@@ -29,17 +29,14 @@ from pipeline.reports import (
     ImageResult,
     Interval,
     Offender,
-    OutputErrors,
     Scores,
     ValidationReport,
 )
+from pipeline.values import OFFENDERS, Arrays, ValueTally, check_outputs, finite, image_of, worst_images
 
-Arrays = Mapping[str, NDArray[Any]]
-QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # atol of probabilities, 0…1, where the config names no tolerance: that of logits would let anything pass.
 PROBABILITY_ATOL: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.02, "mixed": 0.02}
 MEANS = ("mean_iou", "mean_dice", "mean_boundary_f")
-OFFENDERS = 3
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -68,9 +65,7 @@ class Judge:
         self.labelled = {side: MaskTally(len(card.classes), groups) for side in ("reference", "candidate")}
         self.names: list[str] = []
         self.labelled_images: list[str] = []
-        self.outputs: dict[str, OutputTally] = {}
-        self.errors: dict[str, dict[str, ImageErrors]] = {}
-        self.within: dict[str, bool] = {}
+        self.values = ValueTally()
         self.flips = _FlipTally(config.near_tie)
         self.pool = ThreadPoolExecutor(2)
 
@@ -102,7 +97,7 @@ class Judge:
         classes = len(self.card.classes)
         pixels = tolerance_pixels(size[0], size[1], self.config.boundary_tolerance)
         # Two threads: the longest work is handed out first, and the label's outlines wait for no mask.
-        counting = self.pool.submit(self._count_values, sample.name, ours, theirs) if within is not None else None
+        counting = None if within is None else self.pool.submit(self.values.add, sample.name, ours, theirs, within)
         masks = [self.pool.submit(class_ids, outputs[main], classes) for outputs in (theirs, ours)]
         true = None
         if sample.label is not None:
@@ -111,20 +106,12 @@ class Judge:
         small = [mask.result() for mask in masks]
         reference, candidate = (restore_mask(mask, self.card.preprocessing, *size) for mask in small)
         lines = [self.pool.submit(outlines, mask, classes, pixels) for mask in (reference, candidate)]
-        if within is not None and counting is not None:
+        if counting is not None:
             first = counting.result()
-            self.within[sample.name] = within
             self.flips.add(sample.name, theirs[main][0], small[0] != small[1], first.high - first.low)
         theirs_lines, our_lines = (each.result() for each in lines)
         self._count_masks(sample, (reference, candidate), (theirs_lines, our_lines), true.result() if true else None)
         return candidate
-
-    def _count_values(self, image: str, ours: Arrays, theirs: Arrays) -> ImageErrors:
-        """Compare every output; returns the first one's errors."""
-        for name, wanted in theirs.items():
-            tally = self.outputs.setdefault(name, OutputTally())
-            self.errors.setdefault(name, {})[image] = tally.add(ours[name], wanted)
-        return self.errors[next(iter(theirs))][image]
 
     def _count_masks(
         self, sample: Sample, masks: tuple[Pixels, Pixels], lines: tuple[Outlines, Outlines], true: Outlines | None
@@ -156,7 +143,7 @@ class Judge:
         sides = self._sides()
         scores = {side: self._scores(sampled) for side, sampled in sides.items()}
         drops = self._drops(sides)
-        first = next(iter(self.outputs), None)
+        first = self.values.first
         checks = self._checks(agreement, sides, drops)
         return ValidationReport(
             candidate=what,
@@ -164,9 +151,9 @@ class Judge:
             checks=checks,
             images=self._images(agreement, sides),
             agreement=float(agreement.whole.accuracy),
-            max_abs_error=_finite(self.outputs[first].max_abs) if first else None,
-            mean_abs_error=_finite(self.outputs[first].mean_abs) if first else None,
-            logit_range=_largest(self.errors[first].values()) if first else 0.0,
+            max_abs_error=finite(first.max_abs) if first else None,
+            mean_abs_error=finite(first.mean_abs) if first else None,
+            logit_range=self.values.largest(),
             reference=scores.get("reference"),
             scores=scores.get("candidate"),
             repeat=repeat,
@@ -174,11 +161,11 @@ class Judge:
             seconds=time.perf_counter() - started,
             output=self.kind,
             agreement_interval=agreement.interval("pixel_accuracy"),
-            boundary_f=_finite(float(agreement.whole.mean_boundary_f)),
+            boundary_f=finite(float(agreement.whole.mean_boundary_f)),
             boundary_f_interval=agreement.interval("mean_boundary_f"),
             drops=drops,
-            outputs={name: self._output_errors(name) for name in self.outputs},
-            flips=self.flips.result() if self.outputs else None,
+            outputs=self.values.report(),
+            flips=self.flips.result() if first else None,
             worst=self._worst(agreement, sides),
             boundary_tolerance=self.config.boundary_tolerance,
             resamples=self.config.resamples,
@@ -199,9 +186,9 @@ class Judge:
             class_iou=_by_name(names, whole.class_iou),
             mean_dice=float(whole.mean_dice),
             class_dice=_by_name(names, whole.class_dice),
-            mean_boundary_f=_finite(float(whole.mean_boundary_f)),
+            mean_boundary_f=finite(float(whole.mean_boundary_f)),
             class_boundary_f=_by_name(names, whole.class_boundary_f),
-            mean_category_iou=_finite(float(whole.mean_category_iou)),
+            mean_category_iou=finite(float(whole.mean_category_iou)),
             category_iou=_by_name(self.categories, whole.category_iou),
             intervals=_intervals(_named(sampled.samples, names), figures) if sampled.many else {},
         )
@@ -219,33 +206,17 @@ class Judge:
         return {name: Drop(drop, intervals.get(name)) for name, drop in drops.items() if np.isfinite(drop)}
 
     def _images(self, agreement: _Sampled, sides: Mapping[str, _Sampled]) -> tuple[ImageResult, ...]:
-        errors = next(iter(self.errors.values()), {})
+        errors = self.values.first_errors
         mious = {side: dict(zip(self.labelled_images, s.each.mean_iou, strict=True)) for side, s in sides.items()}
         return tuple(
             ImageResult(
                 name,
                 float(share),
-                _finite(errors[name].max_abs) if name in errors else None,
-                _finite(float(mious.get("reference", {}).get(name, np.nan))),
-                _finite(float(mious.get("candidate", {}).get(name, np.nan))),
+                finite(errors[name].max_abs) if name in errors else None,
+                finite(float(mious.get("reference", {}).get(name, np.nan))),
+                finite(float(mious.get("candidate", {}).get(name, np.nan))),
             )
             for name, share in zip(agreement.names, agreement.each.accuracy, strict=True)
-        )
-
-    def _output_errors(self, name: str) -> OutputErrors:
-        tally, images = self.outputs[name], self.errors[name]
-        cosines = {image: error.cosine for image, error in images.items()}
-        return OutputErrors(
-            max_abs=_finite(tally.max_abs),
-            mean_abs=_finite(tally.mean_abs),
-            quantiles={f"{share:g}": _finite(tally.quantiles.at(share)) for share in QUANTILES},
-            cosine=_finite(tally.cosine),
-            signal_to_error_db=_finite(tally.signal_to_error_db),
-            not_finite={image: e.not_finite for image, e in images.items() if e.not_finite},
-            reference_not_finite={
-                image: e.reference_not_finite for image, e in images.items() if e.reference_not_finite
-            },
-            worst=next(iter(_worst(cosines, lowest=True)), None),
         )
 
     def _worst(self, agreement: _Sampled, sides: Mapping[str, _Sampled]) -> dict[str, Offender]:
@@ -254,7 +225,7 @@ class Judge:
             "boundary_f": (_by_image(agreement.names, agreement.each.mean_boundary_f), True),
             **{f"{name} drop": (self._image_drops(sides, name), False) for name in MEANS if sides},
         }
-        worst = {name: _worst(values, lowest=lowest) for name, (values, lowest) in losses.items()}
+        worst = {name: worst_images(values, lowest=lowest) for name, (values, lowest) in losses.items()}
         return {name: offenders[0] for name, offenders in worst.items() if offenders}
 
     def _image_drops(self, sides: Mapping[str, _Sampled], figure: str) -> dict[str, float]:
@@ -269,10 +240,11 @@ class Judge:
         t = self.tolerance
         labels_only = " (the outputs are labels: no values to compare)" if self.kind == "labels" else ""
         by_image = _by_image(agreement.names, agreement.each.accuracy)
-        checks = [
-            *self._value_checks(),
-            _at_least(f"agreement with FP32's masks{labels_only}", agreement.whole.accuracy, t.min_agreement, by_image),
-        ]
+        what = "probabilities" if self.kind == "probabilities" else "outputs"
+        checks = [] if self.kind == "labels" else self.values.checks(t, what)
+        if t.min_agreement is not None:
+            name = f"agreement with FP32's masks{labels_only}"
+            checks.append(_at_least(name, agreement.whole.accuracy, t.min_agreement, by_image))
         if t.min_boundary_f is not None:
             by_image = _by_image(agreement.names, agreement.each.mean_boundary_f)
             name = "boundary F-score against FP32's masks"
@@ -280,30 +252,6 @@ class Judge:
         if sides:
             checks += self._label_checks(sides, drops)
         return tuple(checks)
-
-    def _value_checks(self) -> list[Check]:
-        if self.kind == "labels":
-            return []
-        t = self.tolerance
-        bad = [
-            Offender(count, image, None, f"{side} of output {name}")
-            for name, images in self.errors.items()
-            for image, e in images.items()
-            for count, side in ((e.not_finite, "values"), (e.reference_not_finite, "FP32 values"))
-            if count
-        ]
-        bad.sort(key=lambda offender: -(offender.value or 0))
-        total = float(sum(offender.value or 0 for offender in bad))
-        poisoned = {offender.image for offender in bad}
-        outside = [image for image, within in self.within.items() if not within or image in poisoned]
-        what = "probabilities" if self.kind == "probabilities" else "outputs"
-        name = f"{what} ({t.statistic}) within atol {t.atol:g} or rtol {t.rtol:g}: images outside"
-        largest = {image: next(iter(self.errors.values()))[image].max_abs for image in outside}
-        named = tuple(_worst(largest, lowest=False))
-        return [
-            Check("outputs are finite (values that are not)", total, 0.0, not bad, _image(bad), tuple(bad[:OFFENDERS])),
-            Check(name, float(len(outside)), 0.0, not outside, outside[0] if outside else None, named),
-        ]
 
     def _label_checks(self, sides: Mapping[str, _Sampled], drops: Mapping[str, Drop]) -> list[Check]:
         t = self.tolerance
@@ -313,7 +261,9 @@ class Judge:
             ("boundary F-score drop", "mean_boundary_f", t.max_boundary_f_drop),
         )
         checks = [
-            _at_most(name, drops[key].value if key in drops else np.nan, bound, _worst(self._image_drops(sides, key)))
+            _at_most(
+                name, drops[key].value if key in drops else np.nan, bound, worst_images(self._image_drops(sides, key))
+            )
             for name, key, bound in means
             if bound is not None
         ]
@@ -329,8 +279,8 @@ class Judge:
         for place, c in enumerate(self.card.classes):
             drop = drops.get(f"class_iou/{c.name}")
             if drop is not None:
-                images = _worst(_by_image(self.labelled_images, lost[:, place]))
-                offenders.append(Offender(drop.value, _image(images), c.name))
+                images = worst_images(_by_image(self.labelled_images, lost[:, place]))
+                offenders.append(Offender(drop.value, image_of(images), c.name))
         return sorted(offenders, key=lambda offender: -(offender.value or 0))
 
 
@@ -375,26 +325,15 @@ class _FlipTally:
             self.largest = float(np.maximum(self.largest, shares.max()))
 
     def result(self) -> Flips:
-        worst = next(iter(_worst(self.clear)), None)
+        worst = next(iter(worst_images(self.clear)), None)
         return Flips(
             pixels=self.pixels,
             flipped=self.flipped,
             near_ties=self.near_ties,
             near_tie=self.near_tie,
-            median_margin=_finite(self.margins.at(0.5)),
-            max_margin=_finite(self.largest) if self.flipped else None,
+            median_margin=finite(self.margins.at(0.5)),
+            max_margin=finite(self.largest) if self.flipped else None,
             worst=worst if worst and worst.value else None,
-        )
-
-
-def check_outputs(ours: Arrays, theirs: Arrays) -> None:
-    """Raise ModelError where names or shapes of the candidate's outputs are not the reference's."""
-    if set(ours) != set(theirs) or any(ours[name].shape != theirs[name].shape for name in ours):
-        raise ModelError(
-            "the candidate's outputs are not the reference's",
-            expected=str({name: array.shape for name, array in theirs.items()}),
-            got=str({name: array.shape for name, array in ours.items()}),
-            fix="validate the engine with the ONNX file it was built from",
         )
 
 
@@ -434,40 +373,20 @@ def _intervals(samples: Mapping[str, Figures], figures: Mapping[str, Figures]) -
 
 
 def _by_name(names: Sequence[str], figures: Figures) -> dict[str, float | None]:
-    return {name: _finite(float(value)) for name, value in zip(names, figures, strict=True)}
+    return {name: finite(float(value)) for name, value in zip(names, figures, strict=True)}
 
 
 def _by_image(names: Sequence[str], figures: Figures) -> dict[str, float]:
     return {name: float(value) for name, value in zip(names, figures, strict=True)}
 
 
-def _worst(values: Mapping[str, float], *, lowest: bool = False) -> list[Offender]:
-    """Images by figure, worst first, OFFENDERS at most; undefined figures are left out, infinite ones are worst."""
-    known = [(name, value) for name, value in values.items() if not np.isnan(value)]
-    ordered = sorted(known, key=lambda pair: pair[1] if lowest else -pair[1])
-    return [Offender(_finite(value), name) for name, value in ordered[:OFFENDERS]]
-
-
 def _at_least(name: str, figure: Figures, bound: float, images: Mapping[str, float]) -> Check:
-    value, offenders = _finite(float(figure)), _worst(images, lowest=True)
+    value, offenders = finite(float(figure)), worst_images(images, lowest=True)
     passed = value is not None and value >= bound
-    return Check(name, value, bound, passed, _image(offenders), tuple(offenders), at_least=True)
+    return Check(name, value, bound, passed, image_of(offenders), tuple(offenders), at_least=True)
 
 
 def _at_most(name: str, figure: float | None, bound: float, offenders: Sequence[Offender]) -> Check:
-    value = None if figure is None else _finite(figure)
+    value = None if figure is None else finite(figure)
     passed = value is not None and value <= bound
-    return Check(name, value, bound, passed, _image(offenders), tuple(offenders[:OFFENDERS]))
-
-
-def _image(offenders: Sequence[Offender]) -> str | None:
-    return offenders[0].image if offenders else None
-
-
-def _largest(errors: Iterable[ImageErrors]) -> float:
-    """Largest |value| of the reference."""
-    return float(np.max([max(abs(error.low), abs(error.high)) for error in errors]))
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+    return Check(name, value, bound, passed, image_of(offenders), tuple(offenders[:OFFENDERS]))

@@ -112,6 +112,12 @@ class Predictor(Closing):
             if streams is not None and streams < 1:
                 raise ConfigError(f"{streams} streams", expected="1 or more")
             self.card = required_card(given or facts.card, model)
+            if self.card.task != "segmentation":
+                raise ModelError(
+                    f"{model} gives tensors and no masks",
+                    expected="a model exported with task: segmentation",
+                    fix="run it with TensorRT, ONNX Runtime or Polygraphy, and decode what it gives",
+                )
             self._source, result = _one(runner, model)
             self._kind = output_kind(result)
             profile = getattr(runner, "profiles", {}).get(self._source.name)

@@ -40,9 +40,9 @@ def verdict_row(report: ValidationReport) -> tuple[str, ...]:
     scores, drop = report.scores, report.drops.get("mean_iou")
     return (
         report.candidate.precision,
-        bracketed(scores.mean_iou, scores.intervals.get("mean_iou")) if scores else "no labels",
+        bracketed(scores.mean_iou, scores.intervals.get("mean_iou")) if scores else no_scores(report),
         bracketed(0 - drop.value, negated(drop.interval), "+.4f") if drop else ABSENT,
-        f"{100 * report.agreement:.3f} %",
+        ABSENT if report.agreement is None else f"{100 * report.agreement:.3f} %",
         report.candidate.ran + (", emulated" if report.candidate.emulated else ""),
         "passed" if report.passed else "FAILED",
     )
@@ -64,17 +64,22 @@ def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], 
             rows.append(("mean IoU of categories", *means))
         rows.append(("mean Dice", *(number(side.mean_dice if side else None) for side in sides)))
         rows.append(("boundary F-score", *(number(side.mean_boundary_f if side else None) for side in sides)))
+    if any(report.agreement is not None for report in reports):
+        rows.append(("boundary F-score against FP32", "", *(number(report.boundary_f) for report in reports)))
+        rows.append(("flipped pixels, near-ties among them", "", *(_flips(report) for report in reports)))
+    cosines = (", ".join(number(o.cosine, ".6f") for o in r.outputs.values()) for r in reports)
+    decibels = (", ".join(number(o.signal_to_error_db, ".1f") for o in r.outputs.values()) for r in reports)
     rows += [
-        ("boundary F-score against FP32", "", *(number(report.boundary_f) for report in reports)),
-        ("flipped pixels, near-ties among them", "", *(_flips(report) for report in reports)),
-        (
-            "cosine of the outputs",
-            "",
-            *(", ".join(number(o.cosine, ".6f") for o in r.outputs.values()) for r in reports),
-        ),
+        ("cosine of the outputs", "", *cosines),
+        ("signal to error of the outputs, dB", "", *decibels),
         ("largest error", "", *(report.largest_error for report in reports)),
     ]
     return headings, rows
+
+
+def no_scores(report: ValidationReport) -> str:
+    """What stands in the place of figures that need labels."""
+    return ABSENT if report.output == "tensors" else "no labels"
 
 
 def check_row(check: Check) -> tuple[str, ...]:

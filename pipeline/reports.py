@@ -160,10 +160,13 @@ class Flips:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image: agreement of masks (share of pixels), largest error, mIoU of FP32 and of the candidate."""
+    """One image: agreement of masks (share of pixels), largest error, mIoU of FP32 and of the candidate.
+
+    Without masks, agreement and mIoU are None.
+    """
 
     name: str
-    agreement: float
+    agreement: float | None
     max_abs_error: float | None
     reference_miou: float | None
     miou: float | None
@@ -171,7 +174,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """The verdict on one precision.
+    """The verdict on one precision; of ``task: tensors``, all figures of masks are None or empty.
 
     Attributes:
         agreement: share of pixels, over all images, where the candidate's class is FP32's.
@@ -194,7 +197,7 @@ class ValidationReport:
     passed: bool
     checks: tuple[Check, ...]
     images: tuple[ImageResult, ...]
-    agreement: float
+    agreement: float | None
     max_abs_error: float | None
     mean_abs_error: float | None
     logit_range: float
@@ -203,7 +206,7 @@ class ValidationReport:
     repeat: tuple[str, ...]
     pictures: tuple[str, ...]
     seconds: float
-    output: Literal["logits", "labels", "probabilities"] = "logits"
+    output: Literal["logits", "labels", "probabilities", "tensors"] = "logits"
     agreement_interval: Interval | None = None
     boundary_f: float | None = None
     boundary_f_interval: Interval | None = None
@@ -255,9 +258,10 @@ class PicturesReport:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of one precision, by its last validation: share of pixels with FP32's class, mean IoU (None without labels)."""
+    """Of one precision, by its last validation: share of pixels with FP32's class (None without masks),
+    mean IoU (None without labels)."""
 
-    agreement: float
+    agreement: float | None
     mean_iou: float | None
     passed: bool
 

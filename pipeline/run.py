@@ -109,7 +109,9 @@ class Run:
         self.folder = build / config.name
         self.record = RunRecord(config.name, {})
         data = config.data
-        self.card = ModelCard(config.name, config.preprocessing, data.classes, data.void, data.label_values)
+        self.card = ModelCard(
+            config.name, config.preprocessing, data.classes, data.void, data.label_values, config.task
+        )
         self._settled: set[str] = set()
         self._stack = contextlib.ExitStack()
 
@@ -213,13 +215,24 @@ class Run:
         )
 
     def mix(self) -> MixReport:
-        """The choice of mixed precision: see ``pipeline.stages.mix``."""
+        """The choice of mixed precision: see ``pipeline.stages.mix``.
+
+        Raises:
+            ConfigError: the task has no masks, whose budget it would keep.
+        """
         from pipeline.calibration.table import read_cache
         from pipeline.mixed.held_out import hold_out
         from pipeline.mixed.report import MixReport
         from pipeline.stages.calibrate import calibrate, content_hashes
         from pipeline.stages.mix import REPORT, mix
 
+        if self.config.task != "segmentation":
+            raise ConfigError(
+                "mixed precision keeps a budget of masks",
+                expected="task: segmentation",
+                got=f"task: {self.config.task}",
+                fix="use INT8, and name what stays FP16 in engine.exclude",
+            )
         target, config = self._resolved("mixed"), self.config
         cleaned, cache, validation = self.clean(), self.calibrate(), self._validation()
         timer = self._timer(cleaned, cache) if self._runs("mixed") else None
@@ -302,7 +315,7 @@ class Run:
             f"validate/{precision}",
             make,
             config=[
-                self.config.validate_.tolerance(precision),
+                self.config.validate_.tolerance(precision, self.config.task),
                 self.config.validate_,
                 self.card,
                 what.ran,
@@ -436,17 +449,21 @@ class Run:
         )
         return from_json(BenchmarkReport, target_folder / "report.json")
 
-    def pictures(self, precisions: Sequence[Precision]) -> Path:
-        """The folder of pictures: the validation images on which a precision agrees least with FP32."""
+    def pictures(self, precisions: Sequence[Precision]) -> Path | None:
+        """The folder of pictures: the validation images on which a precision agrees least with FP32; None where there
+        are no masks to show."""
         from pipeline.backends.onnxruntime import OnnxRuntimeRunner
         from pipeline.stages.pictures import draw
 
+        if self.config.task == "tensors":
+            return None
         cleaned, dataset, settings = self.clean(), self._validation(), self.config.validate_
         found = {precision: self._candidate(precision, self.engine(precision)) for precision in precisions}
         agreement = dict.fromkeys(dataset.names, 1.0)
         for precision in precisions:
             for image in self.validate(precision).images:
-                agreement[image.name] = min(agreement[image.name], image.agreement)
+                if image.agreement is not None:
+                    agreement[image.name] = min(agreement[image.name], image.agreement)
         worst = sorted(dataset.names, key=lambda name: agreement[name])[: settings.pictures]
         # FP32, emulated, is the reference itself.
         drawn = {p: opens for p, (what, opens) in found.items() if not (p == "fp32" and what.emulated)}
@@ -484,7 +501,7 @@ class Run:
         layers = {p: found for p in precisions if (found := self.known_layers(p)) is not None}
         engines = {precision: self.folder / "engine" / precision for precision in precisions}
         built = {p: folder for p, folder in engines.items() if (folder / "model.engine").is_file()}
-        names = ["clean", "benchmark", "pictures", *(f"validate/{p}" for p in precisions)]
+        names = ["clean", "benchmark", *(["pictures"] if pictures else []), *(f"validate/{p}" for p in precisions)]
         names += [*(["calibrate"] if set(QUANTIZED) & set(precisions) else []), *(f"layers/{p}" for p in layers)]
         names += ["mixed"] if "mixed" in precisions else []
         reports = {f"{name}/report.json": sha256_file(self.folder / name / "report.json") for name in names}
@@ -497,8 +514,8 @@ class Run:
                 card=self.card,
                 validations=validations,
                 benchmark=timings,
-                pictures=from_json(PicturesReport, pictures / "report.json"),
-                pictures_folder=pictures,
+                pictures=from_json(PicturesReport, pictures / "report.json") if pictures else None,
+                pictures_folder=pictures or Path(),
                 manifests={p: from_json(EngineManifest, folder / "manifest.json") for p, folder in built.items()},
                 engine_bytes={p: (folder / "model.engine").stat().st_size for p, folder in built.items()},
                 cleaning=from_json(CleaningReport, self.folder / "clean" / "report.json"),

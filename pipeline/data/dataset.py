@@ -1,4 +1,4 @@
-"""Images and label maps, one at a time, by split: the built-in cells or folders of files."""
+"""Images and label maps, one at a time, by split: built-in ones or folders of files."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from numpy.typing import NDArray
 from pipeline.artifacts import ModelCard, sha256_file, sha256_json
 from pipeline.config import DataConfig, PreprocessingConfig, SplitConfig
 from pipeline.data.preprocessing import Pixels, read_image, read_label
-from pipeline.data.synthetic import CELLS_SIZE, draw_cells
+from pipeline.data.synthetic import CELLS_SIZE, SHAPES_SIZE, draw_cells, draw_shapes
 from pipeline.errors import ConfigError, DataError
 
 Split = Literal["train", "validation", "calibration"]
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-# Cells of different splits come from disjoint ranges of seeds.
-CELLS_SEEDS: dict[Split, int] = {"train": 1_000_000, "validation": 2_000_000, "calibration": 3_000_000}
+# Generated images of different splits come from disjoint ranges of seeds.
+SEEDS: dict[Split, int] = {"train": 1_000_000, "validation": 2_000_000, "calibration": 3_000_000}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, uint8 (H, W, C), and its label map, uint8 (H, W) of class ids and void, where there is one."""
+    """One image, uint8 (H, W, C), and its label map, uint8 (H, W) of class ids and void, where there is one.
+
+    ``boxes`` are those of the built-in shapes: float32 (n, 5), left, top, right, bottom in pixels, class.
+    """
 
     name: str
     image: Pixels
     label: Pixels | None
+    boxes: NDArray[np.float32] | None = None
 
     def content_hash(self) -> str:
         """sha256 of the decoded pixels and their shape: equal for equal pictures, whatever the file."""
@@ -100,6 +104,8 @@ def open_dataset(data: DataConfig, preprocessing: PreprocessingConfig, split: Sp
     """
     if data.kind == "cells":
         return _cells(data, preprocessing, split)
+    if data.kind == "shapes":
+        return _shapes(data, preprocessing, split)
     if split == "calibration" and data.calibration is None:
         split = "train"
     config = {"train": data.train, "validation": data.validation, "calibration": data.calibration}[split]
@@ -262,11 +268,33 @@ def _cells(data: DataConfig, preprocessing: PreprocessingConfig, split: Split) -
             got=f"{len(data.classes)} classes; channels: {preprocessing.channels}",
             fix="see configs/cells.yaml",
         )
-    count = data.validation_images if split == "validation" else data.train_images
 
-    def load(name: str) -> Sample:
-        image, label = draw_cells(data.seed + CELLS_SEEDS[split] + int(name.removeprefix("cells_")), CELLS_SIZE)
+    def load(name: str, seed: int) -> Sample:
+        image, label = draw_cells(seed, CELLS_SIZE)
         return Sample(name, image[..., np.newaxis], label)
 
-    origin = f"cells {split} {data.seed}"
-    return Dataset(tuple(f"cells_{index:04d}" for index in range(count)), load, origin=origin)
+    return _generated(data, split, load)
+
+
+def _shapes(data: DataConfig, preprocessing: PreprocessingConfig, split: Split) -> Dataset:
+    if len(data.classes) != 3 or preprocessing.channels == "grey":
+        raise DataError(
+            "the built-in shapes have 3 classes and three channels",
+            expected="classes disc, square, triangle; preprocessing.channels: rgb or bgr",
+            got=f"{len(data.classes)} classes; channels: {preprocessing.channels}",
+            fix="see configs/detector.yaml",
+        )
+
+    def load(name: str, seed: int) -> Sample:
+        image, boxes = draw_shapes(seed, SHAPES_SIZE)
+        ordered = np.ascontiguousarray(image[..., ::-1]) if preprocessing.channels == "bgr" else image
+        return Sample(name, ordered, None, boxes)
+
+    return _generated(data, split, load)
+
+
+def _generated(data: DataConfig, split: Split, load: Callable[[str, int], Sample]) -> Dataset:
+    """Images that are drawn from seeds; ``load`` draws one, of a name and a seed."""
+    count = data.validation_images if split == "validation" else data.train_images
+    seeds = {f"{data.kind}_{index:04d}": data.seed + SEEDS[split] + index for index in range(count)}
+    return Dataset(tuple(seeds), lambda name: load(name, seeds[name]), origin=f"{data.kind} {split} {data.seed}")

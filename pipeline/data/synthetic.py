@@ -14,8 +14,12 @@ from PIL import Image
 
 from pipeline.data.preprocessing import Pixels
 
-CELLS_SIZE = 512
+CELLS_SIZE, SHAPES_SIZE = 512, 192
 BACKGROUND, CYTOPLASM, MEMBRANE, NUCLEUS = range(4)
+
+DISC, SQUARE, TRIANGLE = range(3)
+# Sides of shapes, in pixels, and how many there are at most; two may share this much of the smaller one's box.
+SMALLEST, LARGEST, MOST_SHAPES, MOST_SHARED = 12, 110, 7, 0.15
 
 Field = NDArray[np.float32]
 
@@ -50,6 +54,43 @@ def draw_cells(seed: int, size: int = CELLS_SIZE) -> tuple[Pixels, Pixels]:
 
     image = _paint(rng, size, label, cell, nucleus_tone, len(centres))
     return image, label
+
+
+def draw_shapes(seed: int, size: int = SHAPES_SIZE) -> tuple[Pixels, NDArray[np.float32]]:
+    """Image, uint8 (size, size, 3), and boxes, float32 (n, 5), of one seed; the same seed gives the same picture.
+
+    One to seven discs, squares and triangles of any colour and of 12 to 110 pixels, small ones as often as large ones,
+    over a smooth background with noise. Boxes: left, top, right, bottom in pixels, class: 0 disc, 1 square, 2 triangle.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    tone = np.stack([_smooth(rng, size, 4) for _ in range(3)], -1) * 0.08 + rng.uniform(0.3, 0.7, 3).astype(np.float32)
+    y, x = (grid + np.float32(0.5) for grid in np.mgrid[0:size, 0:size].astype(np.float32))
+    boxes: list[tuple[float, ...]] = []
+    for _ in range(rng.integers(1, MOST_SHAPES + 1)):
+        side = float(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
+        left, top = rng.uniform(0, size - side, 2)
+        box = (left, top, left + side, top + side)
+        if any(_shared(box, other) > MOST_SHARED for other in boxes):
+            continue
+        kind = int(rng.integers(3))
+        across, down = (x - left) / side, (y - top) / side
+        inside = (across >= 0) & (across < 1) & (down >= 0) & (down < 1)
+        if kind == DISC:
+            inside &= (across - 0.5) ** 2 + (down - 0.5) ** 2 < 0.25
+        if kind == TRIANGLE:
+            inside &= np.abs(across - 0.5) < down / 2
+        # Away from the background's tones, lighter or darker.
+        colour = tone[inside].mean(0) + rng.choice([-1, 1], 3) * rng.uniform(0.15, 0.3, 3)
+        tone[inside] = colour + 0.3 * (tone[inside] - tone[inside].mean(0))
+        boxes.append((*box, kind))
+    noisy = tone + rng.normal(0, 0.03, tone.shape)
+    return (noisy.clip(0, 1) * 255).round().astype(np.uint8), np.array(boxes, np.float32).reshape(-1, 5)
+
+
+def _shared(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Common area of two boxes over the smaller one's."""
+    width, height = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    return width * height / min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
 
 
 def _smooth(rng: np.random.Generator, size: int, waves: int) -> Field:

@@ -23,7 +23,7 @@ from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
 from pipeline.data.dataset import Sample
 from pipeline.errors import BuildFolderError, CalibrationError, DataError, ModelError
-from pipeline.graph.io import load_model, model_inputs, sha256_model
+from pipeline.graph.io import load_model, model_inputs, read_card, sha256_model
 from pipeline.graph.placement import activation_tensors
 from pipeline.progress import track
 from pipeline.selection import kept, try_algorithms
@@ -66,8 +66,8 @@ def calibrate(
             the config's defaults.
 
     Raises:
-        CalibrationError: no image, or too few for ``auto``; an image that is a validation image too; one that does not
-            fit the graph's input, or a ``batch`` that does not; NaN or infinite activations.
+        CalibrationError: no image; for ``auto``, too few or a graph without masks; an image that is a validation image
+            too; one that does not fit the graph's input, or a ``batch`` that does not; NaN or infinite activations.
         DataError: an image that cannot be decoded, without ``skip_bad``.
         ModelError: a graph that cannot be loaded or run, or has not exactly one input.
         UnsupportedError: ``calibrator: gpu`` or ``tensorrt`` without what they need.
@@ -80,6 +80,13 @@ def calibrate(
     if len(specs) != 1:
         raise ModelError(
             f"{clean} has {len(specs)} inputs", expected="one image input", got=", ".join(spec.name for spec in specs)
+        )
+    card = read_card(model)
+    if config.algorithm == "auto" and card is not None and card.task != "segmentation":
+        raise CalibrationError(
+            f"algorithm: auto compares masks, and {clean} gives tensors",
+            expected="a segmentation network",
+            fix="name an algorithm: entropy, minmax, percentile or mse",
         )
     tensors = activation_tensors(model)
     images = _Images(samples, specs[0], preprocessing, validation or {}, config)

@@ -6,7 +6,7 @@ import io
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,8 @@ class ExportReport:
     """What was exported; the errors are None where there is no torch network to compare with.
 
     Attributes:
-        max_abs_error: max |torch - onnx| over all images, in units of the logits.
-        max_relative_error: the same over max |torch|.
+        max_abs_error: max |torch - onnx| over all images and outputs, in the outputs' unit.
+        max_relative_error: the largest of each output's over its max |torch|.
     """
 
     source: str
@@ -76,7 +76,9 @@ def export(
         module = build_network(network)
         model = _export(module, config, card, images[0])
         source = str(network.factory)
-    _check_segmentation(model, card, source)
+    _check_input(model, card, source)
+    if card.task == "segmentation":
+        _check_segmentation(model, card, source)
     write_card(model, card)
     save_model(model, target)
     if network.onnx is None:
@@ -111,19 +113,19 @@ def _export(module: nn.Module, config: ExportConfig, card: ModelCard, image: NDA
     # torch.export specialises a dynamic axis whose example size is 1.
     batch = max(config.batch, 2) if "batch" in config.dynamic else config.batch
     example = torch.from_numpy(np.repeat(image[np.newaxis], batch, axis=0))
-    logits = _forward(module, example, card)
-    if not torch.is_tensor(logits) or logits.shape[2:] != example.shape[2:]:
-        got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+    outputs = _tensors(_forward(module, example, card))
+    if card.task == "segmentation" and (len(outputs) != 1 or outputs[0].shape[2:] != example.shape[2:]):
         raise ModelError(
             "the network is no segmentation network",
             expected=f"one tensor (N, {len(card.classes)}, {example.shape[2]}, {example.shape[3]}) for this input",
-            got=str(got),
-            fix="wrap the network so that it returns its logits at the input's size",
+            got=", ".join(str(tuple(output.shape)) for output in outputs),
+            fix="wrap the network so that it returns its logits at the input's size, or set task: tensors",
         )
+    names = _output_names(len(outputs), config, card)
     # It warns of every operator of torchvision where that is not installed.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     buffer = io.BytesIO()
-    shared: dict[str, Any] = {"opset_version": config.opset, "input_names": [INPUT], "output_names": [OUTPUT]}
+    shared: dict[str, Any] = {"opset_version": config.opset, "input_names": [INPUT], "output_names": names}
     dynamic = {AXES[axis]: axis for axis in config.dynamic}
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()) as said, torch.inference_mode():
@@ -137,7 +139,9 @@ def _export(module: nn.Module, config: ExportConfig, card: ModelCard, image: NDA
                 model = program.model_proto
                 _name_axes(model, config)
             else:
-                axes = {INPUT: dynamic, OUTPUT: dynamic} if dynamic else None
+                # Of other outputs than logits nobody knows which axes are height and width.
+                free = dynamic if card.task == "segmentation" else {0: "batch"} if 0 in dynamic else {}
+                axes = {INPUT: dynamic, **dict.fromkeys(names, free)} if dynamic else None
                 # Its annotation leaves out the buffers that its documentation allows.
                 target: Any = buffer
                 torch.onnx.export(module, (example,), target, dynamo=False, dynamic_axes=axes, **shared)
@@ -182,8 +186,38 @@ def _forward(module: nn.Module, example: Tensor, card: ModelCard) -> Any:
         ) from error
 
 
-def _check_segmentation(model: onnx.ModelProto, card: ModelCard, source: str) -> None:
-    inputs, outputs, spec = model_inputs(model), model_outputs(model), card.preprocessing
+def _tensors(outputs: Any) -> list[Tensor]:
+    """What a network returns, in order: a tensor, or a tuple, list or mapping of them."""
+    import torch
+
+    found = [outputs] if torch.is_tensor(outputs) else outputs
+    found = list(found.values() if isinstance(found, Mapping) else found) if isinstance(found, Collection) else []
+    if not found or not all(torch.is_tensor(one) for one in found):
+        raise ModelError(
+            "the network returns no tensors",
+            expected="a tensor, or a tuple, list or mapping of tensors",
+            got=type(outputs).__name__,
+            fix="wrap the network so that it returns its tensors alone",
+        )
+    return found
+
+
+def _output_names(count: int, config: ExportConfig, card: ModelCard) -> list[str]:
+    if card.task == "segmentation":
+        return [OUTPUT]
+    names = list(config.outputs) or [f"output_{index}" for index in range(count)]
+    if len(names) != count or len({INPUT, *names}) != count + 1:
+        raise ModelError(
+            f"export.outputs does not name the network's {count} outputs",
+            expected=f"{count} different names, none of them {INPUT}",
+            got=", ".join(names),
+            fix="correct export.outputs, or leave it out",
+        )
+    return names
+
+
+def _check_input(model: onnx.ModelProto, card: ModelCard, source: str) -> None:
+    inputs, spec = model_inputs(model), card.preprocessing
     wanted = (spec.channel_count, spec.height, spec.width)
     if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].dtype != "float32":
         raise ModelError(
@@ -199,28 +233,36 @@ def _check_segmentation(model: onnx.ModelProto, card: ModelCard, source: str) ->
             got=str(fixed),
             fix="change preprocessing",
         )
+
+
+def _check_segmentation(model: onnx.ModelProto, card: ModelCard, source: str) -> None:
+    outputs = model_outputs(model)
     if len(outputs) != 1 or len(outputs[0].shape) != 4 or outputs[0].shape[1] != len(card.classes):
         raise ModelError(
             f"{source} gives other outputs than logits of the configured classes",
             expected=f"one output (N, {len(card.classes)}, H, W): data.classes names {len(card.classes)}",
             got=", ".join(f"{o.name} {o.shape}" for o in outputs),
-            fix="correct data.classes or network.arguments",
+            fix="correct data.classes or network.arguments, or set task: tensors",
         )
 
 
 def _compare(module: nn.Module, target: Path, images: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
-    """Largest absolute error, and the same over the largest |torch|."""
+    """Largest absolute error over the outputs, and the largest of each output's over its largest |torch|."""
     import torch
 
-    worst, largest = 0.0, 0.0
+    worst: dict[str, float] = {}
+    largest: dict[str, float] = {}
     with OnnxRuntimeRunner(target) as runner, torch.inference_mode():
         spec = runner.inputs[0]
         batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
         for image in images:
             feed = np.repeat(image[np.newaxis], batch, axis=0)
-            reference = module(torch.from_numpy(feed)).numpy()
-            got = runner({spec.name: feed})[runner.outputs[0].name]
-            # A NaN on either side must fail, and max() would drop it.
-            worst = float(np.maximum(worst, np.abs(reference - got).max()))
-            largest = max(largest, float(np.abs(reference).max()))
-    return worst, worst / largest if largest else worst
+            outputs = runner({spec.name: feed})
+            for output, tensor in zip(runner.outputs, _tensors(module(torch.from_numpy(feed))), strict=True):
+                reference = tensor.numpy()
+                # A NaN on either side must fail, and max() would drop it.
+                error = np.abs(reference - outputs[output.name]).max()
+                worst[output.name] = float(np.maximum(worst.get(output.name, 0.0), error))
+                largest[output.name] = max(largest.get(output.name, 0.0), float(np.abs(reference).max()))
+    relative = [error / largest[name] if largest[name] else error for name, error in worst.items()]
+    return float(np.max(list(worst.values()))), float(np.max(relative))

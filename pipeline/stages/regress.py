@@ -36,6 +36,7 @@ TOLERANCES = {
     "mean_dice": 0.003,
     "mean_boundary_f": 0.005,
     "class_iou": 0.01,
+    "cosine": 0.002,
     "latency": 0.05,
 }
 # Latency of the first over that of the second: FP32 is the steadiest, FP16 what INT8 has to beat.
@@ -162,6 +163,8 @@ def figures_of(reports: Iterable[ValidationReport]) -> dict[str, float | None]:
     figures: dict[str, float | None] = {}
     for report in reports:
         own: dict[str, float | None] = {"agreement": report.agreement, "boundary_f": report.boundary_f}
+        if report.output == "tensors":
+            own = {f"cosine/{name}": output.cosine for name, output in report.outputs.items()}
         if report.scores is not None:
             scores = report.scores
             own |= {"mean_iou": scores.mean_iou, "mean_dice": scores.mean_dice}

@@ -27,7 +27,7 @@ from pipeline.mixed.report import MixReport
 from pipeline.page.answers import Answers, answer
 from pipeline.page.network import Network, account_for_blocks, draw_network
 from pipeline.page.plots import along, steps
-from pipeline.presenting import bracketed, negated, number, percent
+from pipeline.presenting import bracketed, negated, no_scores, number, percent
 from pipeline.reports import BenchmarkReport, Interval, PicturedImage, PicturesReport, ValidationReport
 
 PAGE, SUMMARY, DATA = "index.html", "report.md", "report.json"
@@ -93,7 +93,7 @@ class PrecisionSummary:
     mean_iou: float | None
     mean_iou_drop: float | None
     mean_iou_drop_interval: Interval | None
-    agreement: float
+    agreement: float | None
     gpu_ms: float | None
     engine_bytes: int | None
 
@@ -159,7 +159,8 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals.update(bracketed=bracketed, negated=negated, number=number, percent=percent, along=along, steps=steps)
+    made.globals.update(bracketed=bracketed, negated=negated, no_scores=no_scores, number=number, percent=percent)
+    made.globals.update(along=along, steps=steps)
     return made
 
 
@@ -220,7 +221,7 @@ def _shot(image: PicturedImage, inputs: Inputs) -> Shot:
         TITLES.get(precision, precision.upper()): each.agreement
         for precision, report in inputs.validations.items()
         for each in report.images
-        if each.name == image.name and precision in image.marks
+        if each.name == image.name and precision in image.marks and each.agreement is not None
     }
     return Shot(image, dict(uris(order)), dict(uris(image.marks)), agreement)
 

@@ -19,7 +19,7 @@ from pipeline.artifacts import write_atomically
 from pipeline.config import Config, PreprocessingConfig
 from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.preprocessing import Pixels, fit_image, fit_label, normalise, preprocess, restore_mask
-from pipeline.errors import DataError, ModelError
+from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.metrics.segmentation import class_iou, confusion_matrix, mean_iou
 from pipeline.networks import build_network
 
@@ -56,11 +56,17 @@ def train(config: Config, weights: Path) -> TrainingReport:
     Loss: cross-entropy without void plus soft Dice; AdamW with a one-cycle schedule.
 
     Raises:
+        ConfigError: the config has another task than segmentation.
         ModelError: the config starts from an ONNX file, or the weights' name does not end in .safetensors.
         DataError: a training or validation image has no label.
     """
     import torch
 
+    if config.task != "segmentation":
+        raise ConfigError(
+            f"`unet-trt train` trains segmentation networks, and this config has task: {config.task}",
+            fix="train it with its own code, and name the weights (network.weights)",
+        )
     if config.network.factory is None:
         raise ModelError("an ONNX file cannot be trained", expected="network.factory", got="network.onnx")
     if weights.suffix != ".safetensors":

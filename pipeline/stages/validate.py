@@ -27,9 +27,10 @@ from pipeline.data.pictures import mask_png, overlay_png, palette
 from pipeline.data.preprocessing import Pixels
 from pipeline.errors import DataError, ModelError
 from pipeline.graph.deployment import output_kind
-from pipeline.judging import Judge, check_outputs
+from pipeline.judging import Judge
 from pipeline.progress import track
 from pipeline.reports import Candidate, ValidationReport
+from pipeline.values import TensorJudge
 
 log = logging.getLogger(__name__)
 REFERENCE = "onnxruntime-fp32"
@@ -94,7 +95,7 @@ def validate(
     """Run both on every image and write ``report.json``, masks, overlays and Polygraphy's run results to ``folder``.
 
     Logits and probabilities are compared value by value, and as masks. Labels are compared as masks alone: the
-    difference of two class ids means nothing.
+    difference of two class ids means nothing. With the card's ``task`` tensors, values alone are compared.
 
     Args:
         reference: FP32 on ONNX Runtime.
@@ -118,8 +119,10 @@ def validate(
             fix="validate the engine with the ONNX file it was built from",
         )
     kind = output_kind(reference.outputs[0])
-    judge = Judge(card, config, what.precision, kind)
-    compare = None if kind == "labels" else _comparison(judge.tolerance)
+    has_masks = card.task == "segmentation"
+    judge = Judge(card, config, what.precision, kind) if has_masks else TensorJudge(config, what.precision)
+    masks_only = has_masks and kind == "labels"
+    compare = None if masks_only else _comparison(judge.tolerance)
     runners = [_Adapter(candidate, f"{what.ran.replace(' ', '-')}-{what.precision}"), _Adapter(reference, REFERENCE)]
     saved: list[tuple[dict[str, Any], RunResults]] = []
     pictures: list[str] = []
@@ -130,14 +133,13 @@ def validate(
         with _polygraphy():
             results = Comparator.run(runners, data_loader=[feed])
         ours, theirs = (dict(iterations[0].items()) for _, iterations in results.items())
-        check_outputs(ours, theirs)
         mask = judge.add(sample, ours, theirs, compare(results) if compare else None)
         if index < config.saved_runs:
             saved.append((feed, results))
-        if index < config.pictures:
+        if mask is not None and index < config.pictures:
             pictures += _draw(sample, mask, card, folder)
     _save_runs(saved, folder)
-    repeat = () if kind == "labels" else _commands(what, judge.tolerance, reference_path)
+    repeat = () if masks_only else _commands(what, judge.tolerance, reference_path)
     report = judge.report(what, repeat, tuple(pictures), started)
     (folder / "report.json").write_bytes(to_json(report))
     return report

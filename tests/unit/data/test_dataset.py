@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DataConfig, PreprocessingConfig
-from pipeline.data.dataset import CELLS_SEEDS, Dataset, Sample, image_folder, open_dataset
+from pipeline.data.dataset import SEEDS, Dataset, Sample, image_folder, open_dataset
 from pipeline.errors import ConfigError, DataError
 
 GREY = PreprocessingConfig(height=16, width=16, channels="grey")
@@ -254,16 +254,16 @@ class TestCells:
         assert other.content_hash() != first.content_hash()
 
     def test_splits_hold_different_cells(self) -> None:
-        hashes = [open_dataset(cells_config(), GREY, split)[0].content_hash() for split in CELLS_SEEDS]
+        hashes = [open_dataset(cells_config(), GREY, split)[0].content_hash() for split in SEEDS]
         assert len(set(hashes)) == 3
 
     def test_split_seeds_are_disjoint(self) -> None:
         largest = 500_000
-        ranges = [range(start, start + largest) for start in CELLS_SEEDS.values()]
+        ranges = [range(start, start + largest) for start in SEEDS.values()]
         assert all(a.stop <= b.start or b.stop <= a.start for a in ranges for b in ranges if a is not b)
 
     def test_counts(self) -> None:
-        assert [len(open_dataset(cells_config(), GREY, split)) for split in CELLS_SEEDS] == [3, 2, 3]
+        assert [len(open_dataset(cells_config(), GREY, split)) for split in SEEDS] == [3, 2, 3]
 
     def test_other_networks_are_refused(self) -> None:
         with pytest.raises(DataError, match="4 classes and one channel"):
