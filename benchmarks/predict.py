@@ -50,6 +50,7 @@ from pipeline.predictor import Predictor
 from pipeline.stages.calibrate import calibrate
 from pipeline.stages.engine import build_engine
 from pipeline.stages.predict import Wanted, predict
+from pipeline.torch_process import environment_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, HEIGHT, WIDTH = 512, 360, 480
@@ -143,8 +144,8 @@ def torch_loop(python: str, images: Path, out: Path, arguments: dict[str, Any], 
     """What torch_loop.py prints."""
     command = [python, str(Path(__file__).with_name("torch_loop.py")), str(images), str(out)]
     command += ["--arguments", json.dumps(arguments), "--repeats", str(repeats)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    variables = {**environment_of(python), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
 

@@ -203,9 +203,13 @@ class TorchProcess(Contender):
         return self._process.wait()
 
 
+def environment_of(python: str) -> dict[str, str]:
+    """The variables for a process of that interpreter: this one's, but for what is meant for this one alone."""
+    return {key: value for key, value in os.environ.items() if python == sys.executable or key not in OWN_VARIABLES}
+
+
 def _start(python: str, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
     """The process, the pipe to it and the pipe from it."""
-    kept = {key: value for key, value in os.environ.items() if python == sys.executable or key not in OWN_VARIABLES}
     try:
         # A group of its own: compilers start processes, which have to go with it.
         process = subprocess.Popen(
@@ -214,7 +218,7 @@ def _start(python: str, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], IO[
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=kept,
+            env=environment_of(python),
             start_new_session=True,
         )
     except OSError as error:
