@@ -1,10 +1,4 @@
-"""The composer: runs stages in their order, skips what is unchanged, and keeps the record in ``run.json``.
-
-A stage is skipped when its key, the versions of its tools and the hashes of its outputs are those on record. The key
-is the sha256 over the hashes of what it is made from, its slice of the config, and this program's own source. A tool
-that is not installed here cannot make anything anew, so the recorded version stands: a folder exported elsewhere is
-used as it is on a GPU host without torch.
-"""
+"""The composer: runs stages in their order, and skips what is unchanged (``pipeline.record``)."""
 
 from __future__ import annotations
 
@@ -15,33 +9,24 @@ import logging
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
-
-from pydantic import BaseModel
-from pydantic.dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import (
-    SCHEMA_VERSION,
     EngineManifest,
     ModelCard,
-    build_lock,
     from_json,
-    replaced_folder,
     sha256_file,
     sha256_json,
-    sweep,
     to_json,
-    tool_version,
     write_atomically,
 )
 from pipeline.config import PATH_KEYS, QUANTIZED, Config, EngineConfig, Precision
 from pipeline.data.dataset import Dataset, open_dataset
-from pipeline.errors import BuildFolderError, CheckFailed, ConfigError, DataError, PipelineError, UnsupportedError
+from pipeline.errors import CheckFailed, ConfigError, DataError, PipelineError, UnsupportedError
+from pipeline.record import BuildFolder, Origin, hash_of
 from pipeline.reports import Accuracy, BenchmarkReport, Candidate, PicturesReport, ValidationReport
 
 if TYPE_CHECKING:
@@ -65,34 +50,6 @@ log = logging.getLogger(__name__)
 LAYER_IMAGES = 4
 
 
-@dataclass(frozen=True)
-class StageRecord:
-    """What a stage made, from what, with which tools, and how long it took."""
-
-    key: str
-    tools: dict[str, str | None]
-    outputs: dict[str, str]
-    seconds: float
-    made: str
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """``run.json``: every stage by name (``export``, ``engine/int8``, …); output paths are relative to the folder."""
-
-    config: str
-    stages: dict[str, StageRecord]
-    schema_version: int = field(default=SCHEMA_VERSION)
-
-
-class _Origin(TypedDict):
-    """What a stage is made from and with, as ``Run._stage`` takes it."""
-
-    config: Sequence[Any]
-    parents: Mapping[str, str | None]
-    tools: Sequence[str]
-
-
 class Run:
     """One config in one build folder; use as a context manager, which holds the folder's lock.
 
@@ -105,29 +62,20 @@ class Run:
     """
 
     def __init__(self, config: Config, build: Path, *, force: bool = False) -> None:
-        self.config, self.force = config, force
+        self.config = config
         self.folder = build / config.name
-        self.record = RunRecord(config.name, {})
         data = config.data
         self.card = ModelCard(
             config.name, config.preprocessing, data.classes, data.void, data.label_values, config.task
         )
-        self._settled: set[str] = set()
-        self._stack = contextlib.ExitStack()
+        self._kept = BuildFolder(self.folder, config.name, force=force)
 
     def __enter__(self) -> Run:
-        self._stack.enter_context(build_lock(self.folder))
-        sweep(self.folder)
-        file = self.folder / "run.json"
-        if file.is_file():
-            try:
-                self.record = from_json(RunRecord, file)
-            except BuildFolderError as error:
-                log.warning("%s; every stage runs again", error.problem)
+        self._kept.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+        self._kept.__exit__(*exc)
 
     # ------------------------------------------------------------------ stages
 
@@ -139,14 +87,14 @@ class Run:
 
         network, images = self.config.network, self._validation().first(self.config.export.compare_images)
         return (
-            self._stage(
+            self._kept.stage(
                 "export",
                 lambda folder: export(network, self.config.export, self.card, [self._input(s) for s in images], folder),
                 config=[self.config.export, self.card, network.factory, network.arguments],
                 parents={
-                    "weights": _hash(network.weights),
+                    "weights": hash_of(network.weights),
                     "onnx": sha256_model(network.onnx) if network.onnx else None,
-                    "factory": _hash(factory_file(network.factory)) if network.factory else None,
+                    "factory": hash_of(factory_file(network.factory)) if network.factory else None,
                     "images": images.fingerprint(),
                 },
                 tools=("torch", "onnxscript") if network.onnx is None else (),
@@ -160,7 +108,7 @@ class Run:
 
         raw = self.export()
         return (
-            self._stage(
+            self._kept.stage(
                 "clean",
                 lambda folder: clean(
                     raw,
@@ -172,7 +120,7 @@ class Run:
                     output=self.config.clean.output,
                 ),
                 config=[self.config.clean, self.config.engine.profile],
-                parents={"raw": _hash(raw)},
+                parents={"raw": hash_of(raw)},
                 tools=("onnx", "onnx-graphsurgeon", "onnxruntime"),
             )
             / "model.onnx"
@@ -191,7 +139,7 @@ class Run:
         calibrator = resolve_calibrator(config.calibrator)
         tools = ("numpy", "onnxruntime", *(() if calibrator == "cpu" else ("tensorrt",)))
         return (
-            self._stage(
+            self._kept.stage(
                 "calibrate",
                 lambda folder: calibrate(
                     cleaned,
@@ -205,7 +153,7 @@ class Run:
                 ),
                 config=[config, self.config.preprocessing, *self._judged_by()],
                 parents={
-                    "clean": _hash(cleaned),
+                    "clean": hash_of(cleaned),
                     "images": images.fingerprint(),
                     "validation": validation.fingerprint(),
                 },
@@ -258,7 +206,7 @@ class Run:
                 timer=timer,
             )
 
-        folder = self._stage(
+        folder = self._kept.stage(
             "mixed",
             make,
             config=[
@@ -270,8 +218,8 @@ class Run:
                 target.identity(),
             ],
             parents={
-                "clean": _hash(cleaned),
-                "cache": _hash(cache),
+                "clean": hash_of(cleaned),
+                "cache": hash_of(cache),
                 "images": images.fingerprint(),
                 "ranges": rest.fingerprint(),
                 "validation": validation.fingerprint(),
@@ -282,11 +230,11 @@ class Run:
 
     def engine(self, precision: Precision) -> Path:
         """The folder of one engine: ``model.engine`` with its manifest, or the typed ``model.onnx`` alone."""
-        return self._stage(
+        return self._kept.stage(
             f"engine/{precision}",
             functools.partial(self._build, precision),
             config=[self._settings(precision), self.card, self._resolved(precision).identity()],
-            parents={"clean": _hash(self.clean()), "cache": _hash(self._cache(precision))},
+            parents={"clean": hash_of(self.clean()), "cache": hash_of(self._cache(precision))},
             tools=("onnx", "onnx-graphsurgeon"),
         )
 
@@ -311,7 +259,7 @@ class Run:
                     "../../clean/model.onnx",
                 )
 
-        target = self._stage(
+        target = self._kept.stage(
             f"validate/{precision}",
             make,
             config=[
@@ -321,7 +269,7 @@ class Run:
                 what.ran,
                 what.emulated,
             ],
-            parents={"clean": _hash(cleaned), "model": what.model_sha256, "images": dataset.fingerprint()},
+            parents={"clean": hash_of(cleaned), "model": what.model_sha256, "images": dataset.fingerprint()},
             tools=("onnxruntime", "polygraphy"),
             keep=lambda folder: from_json(ValidationReport, folder / "report.json").passed,
         )
@@ -364,7 +312,7 @@ class Run:
                 report = drift(clean, graph, shown, feeds, what.ran, limit=math.inf, engine=opens)
             write_atomically(folder / "report.json", to_json(report))
 
-        target = self._stage(f"layers/{precision}", make, **self._of_layers(precision))
+        target = self._kept.stage(f"layers/{precision}", make, **self._of_layers(precision))
         return from_json(DriftReport, target / "report.json")
 
     def known_layers(self, precision: Precision) -> DriftReport | None:
@@ -372,17 +320,17 @@ class Run:
         from pipeline.drift import DriftReport
 
         name = f"layers/{precision}"
-        if name not in self.record.stages or not self._is_current(name, **self._of_layers(precision)):
+        if not self._kept.is_current(name, **self._of_layers(precision)):
             return None
         return from_json(DriftReport, self.folder / name / "report.json")
 
-    def _of_layers(self, precision: Precision) -> _Origin:
+    def _of_layers(self, precision: Precision) -> Origin:
         what, _ = self._candidate(precision, self.engine(precision))
         images = self._validation().first(LAYER_IMAGES)
         return {
             "config": [self.config.preprocessing, what.ran],
             "parents": {
-                "clean": _hash(self.clean()),
+                "clean": hash_of(self.clean()),
                 "model": what.model_sha256,
                 "images": images.fingerprint(),
             },
@@ -425,7 +373,7 @@ class Run:
         device, feed = self._resolved(precisions[0]).capabilities.device, self._feed()
         contest = line_up(self.config, cleaned, built, wants_gpu=device is not None)
 
-        target_folder = self._stage(
+        target_folder = self._kept.stage(
             "benchmark",
             lambda folder: benchmark(
                 contest.contestants,
@@ -444,7 +392,7 @@ class Run:
                 device.name if device else None,
                 {each.name: each.accuracy for each in built},
             ],
-            parents={"clean": _hash(cleaned), **hashes, **{each.name: _hash(each.plan) for each in built}},
+            parents={"clean": hash_of(cleaned), **hashes, **{each.name: hash_of(each.plan) for each in built}},
             tools=("onnxruntime", *(("torch",) if chosen else ())),
         )
         return from_json(BenchmarkReport, target_folder / "report.json")
@@ -475,12 +423,12 @@ class Run:
                 samples = (dataset.load(name) for name in worst)
                 draw(reference, runners, samples, len(worst), self.card, settings.near_tie, folder)
 
-        return self._stage(
+        return self._kept.stage(
             "pictures",
             make,
             config=[settings.near_tie, self.card, worst, list(drawn)],
             parents={
-                "clean": _hash(cleaned),
+                "clean": hash_of(cleaned),
                 "images": dataset.fingerprint(),
                 **{precision: what.model_sha256 for precision, (what, _) in found.items()},
             },
@@ -529,7 +477,7 @@ class Run:
             write_report(inputs, folder)
 
         return (
-            self._stage(
+            self._kept.stage(
                 "report",
                 make,
                 config=[list(precisions), provenance.config],
@@ -563,7 +511,7 @@ class Run:
         network = self.config.network
         if network.onnx is not None:
             return sha256_model(network.onnx)
-        return sha256_json([network.factory, network.arguments, _hash(network.weights)])
+        return sha256_json([network.factory, network.arguments, hash_of(network.weights)])
 
     def check_speedup_can_be_judged(self, precisions: Sequence[Precision]) -> None:
         """Raise where ``require_speedup`` could not answer: before the first minute of work, not after it.
@@ -628,7 +576,7 @@ class Run:
             precision,
             self._settings(precision),
             _table(cache),
-            _hash(cache),
+            hash_of(cache),
             self.card,
             folder,
             timing_cache,
@@ -691,7 +639,7 @@ class Run:
 
         def build(half: Sequence[str], folder: Path) -> None:
             chosen = _leaving_out(settings, [*settings.exclude, *excluded(half)])
-            build_engine(cleaned, "mixed", chosen, _table(cache), _hash(cache), self.card, folder, timing_cache)
+            build_engine(cleaned, "mixed", chosen, _table(cache), hash_of(cache), self.card, folder, timing_cache)
 
         return lambda choices: time_choices(choices, build, feed, self.config.benchmark)
 
@@ -710,12 +658,12 @@ class Run:
         from pipeline.engines import load_engine
 
         plan, typed, target = engine / "model.engine", engine / "model.onnx", self._resolved(precision)
-        sha = _hash(plan) if plan.is_file() else None
+        sha = hash_of(plan) if plan.is_file() else None
         if sha is not None and target.capabilities.runs:
             ran = f"{target.capabilities.name} {target.capabilities.version}"
             what = Candidate(precision, False, ran, sha, sha, target.route)
             return what, functools.partial(load_engine, plan)
-        what = Candidate(precision, True, self._emulator(), _hash(typed) or "", sha, target.route)
+        what = Candidate(precision, True, self._emulator(), hash_of(typed) or "", sha, target.route)
         return what, functools.partial(emulate, typed)
 
     def _add_raw_engine(self, built: list[Built], not_run: dict[str, str]) -> None:
@@ -730,11 +678,11 @@ class Run:
                 raise UnsupportedError(target.capabilities.why_not_run or "no engine runs on this machine")
             settings = self.config.engine.model_copy(update={"source": "onnx"})
             timing_cache = self.folder / "timing.cache" if settings.timing_cache else None
-            folder = self._stage(
+            folder = self._kept.stage(
                 "raw-engine",
                 lambda folder: build_engine(raw, "fp16", settings, None, None, self.card, folder, timing_cache),
                 config=[settings, self.card, target.identity()],
-                parents={"raw": _hash(raw)},
+                parents={"raw": hash_of(raw)},
                 tools=("onnx", "onnx-graphsurgeon"),
             )
         except PipelineError as error:
@@ -777,79 +725,9 @@ class Run:
     def _provenance(self, reports: dict[str, str]) -> Provenance:
         from pipeline.stages.report import Provenance
 
-        files = {f"{name}/{f}": sha for name, stage in self.record.stages.items() for f, sha in stage.outputs.items()}
+        files = self._kept.outputs()
         models = {name: sha for name, sha in files.items() if name.endswith((".onnx", ".cache", ".engine"))}
-        tools = {tool: v for stage in self.record.stages.values() for tool, v in stage.tools.items() if v}
-        return Provenance(models, reports, dict(sorted(tools.items())), _as_yaml(self.config))
-
-    def _stage(
-        self,
-        name: str,
-        make: Callable[[Path], object],
-        *,
-        config: Sequence[Any],
-        parents: Mapping[str, str | None],
-        tools: Sequence[str],
-        keep: Callable[[Path], bool] = lambda folder: True,
-    ) -> Path:
-        """Make ``<folder>/<name>`` or reuse it; ``keep`` says whether the result may be reused later."""
-        target = self.folder / name
-        if name in self._settled:
-            return target
-        if not self.force and self._is_current(name, config=config, parents=parents, tools=tools):
-            log.info("%s: unchanged, reused", name)
-        else:
-            log.info("%s: running", name)
-            started = time.perf_counter()
-            self._remember(name, None)
-            with replaced_folder(target) as folder:
-                make(folder)
-            seconds = time.perf_counter() - started
-            files = sorted(path for path in target.rglob("*") if path.is_file())
-            outputs = {str(path.relative_to(target)): sha256_file(path) for path in files}
-            made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            if keep(target):
-                key, versions = _key(name, config, parents), {tool: tool_version(tool) for tool in tools}
-                self._remember(name, StageRecord(key, versions, outputs, seconds, made))
-            log.info("%s: done in %.1f s", name, seconds)
-        self._settled.add(name)
-        return target
-
-    def _is_current(
-        self, name: str, *, config: Sequence[Any], parents: Mapping[str, str | None], tools: Sequence[str]
-    ) -> bool:
-        """Whether what is on record was made from the same, with the same tools, and lies there as it was made."""
-        old = self.record.stages.get(name)
-        if old is None or old.key != _key(name, config, parents):
-            return False
-        versions = {tool: tool_version(tool) for tool in tools}
-        files = {self.folder / name / file: sha for file, sha in old.outputs.items()}
-        return all(version in (None, old.tools.get(tool)) for tool, version in versions.items()) and all(
-            file.is_file() and sha256_file(file) == sha for file, sha in files.items()
-        )
-
-    def _remember(self, name: str, stage: StageRecord | None) -> None:
-        stages = {k: v for k, v in self.record.stages.items() if k != name}
-        if stage is not None:
-            stages[name] = stage
-        self.record = RunRecord(self.config.name, stages)
-        write_atomically(self.folder / "run.json", to_json(self.record))
-
-
-def _key(name: str, config: Sequence[Any], parents: Mapping[str, str | None]) -> str:
-    return sha256_json([name, [_plain(part) for part in config], dict(parents), _own_source()])
-
-
-def _plain(part: Any) -> Any:
-    if isinstance(part, BaseModel):
-        return part.model_dump(mode="json")
-    if hasattr(part, "__dataclass_fields__"):
-        from pydantic import TypeAdapter
-
-        return TypeAdapter(type(part)).dump_python(part, mode="json")
-    if isinstance(part, dict):
-        return {key: _plain(value) for key, value in part.items()}
-    return part
+        return Provenance(models, reports, self._kept.tools(), _as_yaml(self.config))
 
 
 def _leaving_out(settings: EngineConfig, patterns: Sequence[str]) -> EngineConfig:
@@ -868,23 +746,7 @@ def _as_yaml(config: Config) -> str:
     return yaml.safe_dump(named, sort_keys=False, allow_unicode=True)
 
 
-def _hash(path: Path | None) -> str | None:
-    return sha256_file(path) if path is not None and path.is_file() else None
-
-
 def _table(cache: Path | None) -> CalibrationTable | None:
     from pipeline.calibration.table import read_cache
 
     return read_cache(cache) if cache else None
-
-
-@functools.cache
-def _own_source() -> str:
-    """Hash over this program's own modules: another version of it makes everything anew."""
-    package = Path(__file__).parent
-    return sha256_json([(str(f.relative_to(package)), sha256_file(f)) for f in _sources(package)])
-
-
-def _sources(package: Path) -> Iterator[Path]:
-    for folder, _, files in sorted(os.walk(package)):
-        yield from (Path(folder, file) for file in sorted(files) if file.endswith((".py", ".j2")))
