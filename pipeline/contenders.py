@@ -30,7 +30,7 @@ class GpuRunner(Runner, Protocol):
 
 
 class Contender(Closing):
-    """A loaded model of one input and one output.
+    """A loaded model of one input.
 
     Attributes:
         source: its input.
@@ -48,7 +48,7 @@ class Contender(Closing):
 
     @abstractmethod
     def feed(self, batch: NDArray[Any]) -> NDArray[Any]:
-        """Take this input from now on: the first inference's output.
+        """Take this input from now on: what the first inference gives, of several outputs the first.
 
         Raises:
             PipelineError: it cannot.
@@ -81,7 +81,7 @@ class HostContender(Contender):
     def __init__(self, runner: Runner, ran: str) -> None:
         self.runner, self.ran = runner, ran
         (self.source,) = runner.inputs
-        (self._result,) = runner.outputs
+        self._result = runner.outputs[0]
         self._fed: Arrays = {}
 
     def feed(self, batch: NDArray[Any]) -> NDArray[Any]:

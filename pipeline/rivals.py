@@ -142,6 +142,8 @@ def _on_torch(config: Config, graph: Path, wants_gpu: bool) -> tuple[list[Contes
     try:
         if config.network.factory is None:
             raise UnsupportedError("the network is an ONNX file, which torch does not run")
+        if config.task == "tensors":
+            raise UnsupportedError("torch is timed on segmentation networks alone, which have one output")
         python = torch_python(config.benchmark.torch_python)
     except PipelineError as error:
         return [], {name: explained(error) for name, _ in chosen}

@@ -384,6 +384,7 @@ class Run:
                 folder,
                 graph=cleaned,
                 wants_verdict="int8" in precisions,
+                masks=self.config.task == "segmentation",
                 own_clocks=contest.own_clocks,
             ),
             config=[

@@ -54,6 +54,7 @@ def benchmark(
     *,
     graph: Path,
     wants_verdict: bool,
+    masks: bool = True,
     own_clocks: Mapping[tuple[str, str], OwnClock] | None = None,
 ) -> BenchmarkReport:
     """Time the contestants and write ``folder/report.json``.
@@ -63,6 +64,7 @@ def benchmark(
         not_run: reason by name of what cannot run here.
         feed: makes an input of a real image.
         graph: the clean ONNX file, in whose convolutions the work is counted.
+        masks: outputs are masks or what they are decided from, and are compared as such.
         wants_verdict: INT8 was asked for, so it is judged against FP16, or said why it cannot be.
         own_clocks: other programs' by their name and a contestant's.
 
@@ -76,8 +78,8 @@ def benchmark(
         whole = contest.time(contest.on_gpu(), "host", config, Meter(None))
         cpu = _on_cpu(contest, config)
         timings = [
-            *_timings(contest, contest.on_cpu(), cpu, cpu, meter),
-            *_timings(contest, contest.on_gpu(), gpu, whole, meter),
+            *_timings(contest, contest.on_cpu(), cpu, cpu, meter, masks),
+            *_timings(contest, contest.on_gpu(), gpu, whole, meter, masks),
         ]
         slowed = {why for name in contest.on_gpu() for why in meter.usage(name, 2 * config.rounds).slowed}
         engines = _accounts(contest, gpu, graph, device, notes)
@@ -141,7 +143,12 @@ def _on_cpu(contest: Contest, config: BenchmarkConfig) -> Interleaved | None:
 
 
 def _timings(
-    contest: Contest, names: Sequence[str], turns: Interleaved | None, whole: Interleaved | None, meter: Meter
+    contest: Contest,
+    names: Sequence[str],
+    turns: Interleaved | None,
+    whole: Interleaved | None,
+    meter: Meter,
+    masks: bool,
 ) -> list[Timing]:
     """Of candidates that took turns with one another.
 
@@ -178,7 +185,7 @@ def _timings(
                 ratio=turns.ratio(name, fastest) if len(names) > 1 else None,
                 gpu_bytes=contender.gpu_bytes,
                 build_seconds=entry.build_seconds,
-                agreement=contest.agreement(name),
+                agreement=contest.agreement(name) if masks else None,
                 accuracy=known.accuracy,
                 watts=usage.watts,
                 joules=None if usage.watts is None else usage.watts * median.median / 1000 / len(entry.fed),
