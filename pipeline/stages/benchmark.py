@@ -287,6 +287,7 @@ def _verdict(
     timed = turns.rounds if turns is not None else {}
     missing = [name for name in ("int8", "fp16") if name not in timed]
     if turns is None or missing:
-        why = f"no {missing[0].upper()} engine runs on this machine. {not_run.get(missing[0], '')}"
-        return no_verdict(config.min_speedup, why.strip())
+        why = f"no {missing[0].upper()} engine runs on this machine"
+        reason = not_run.get(missing[0])
+        return no_verdict(config.min_speedup, f"{why} ({reason})" if reason else why)
     return judge(turns.ratio("fp16", "int8"), config.min_speedup, engines.get("int8"), engines.get("fp16"))

@@ -115,7 +115,7 @@ def test_without_a_gpu_it_says_why(tmp_path):
     report = run(tmp_path, {}, not_run={"int8": "this machine has no GPU"})
     assert report.verdict.worthwhile is None
     assert (
-        "cannot be said here: no INT8 engine runs on this machine. this machine has no GPU" in report.verdict.sentence
+        "cannot be said here: no INT8 engine runs on this machine (this machine has no GPU" in report.verdict.sentence
     )
     assert report.settled is None
     assert report.engines == {}
@@ -124,7 +124,7 @@ def test_without_a_gpu_it_says_why(tmp_path):
 def test_int8_alone_says_what_is_missing(tmp_path):
     report = run(tmp_path, {"int8": FakeEngine(1, "int8-explicit")}, not_run={"fp16": "a weight is beyond FP16"})
     assert report.verdict.worthwhile is None
-    assert "no FP16 engine runs on this machine. a weight is beyond FP16" in report.verdict.sentence
+    assert "no FP16 engine runs on this machine (a weight is beyond FP16" in report.verdict.sentence
 
 
 def test_without_int8_there_is_no_verdict(tmp_path):
