@@ -174,7 +174,7 @@ class Contest(Closing):
         return interleave({name: functools.partial(turn, name) for name in names}, config.rounds)
 
     def _leave_out(self, name: str, error: PipelineError) -> None:
-        self.not_run[name] = explained(error)
+        self.not_run[name] = error.summary
         log.info("%s: not measured", name)
 
 
@@ -205,11 +205,6 @@ def time_choices(
         with Contest(contestants, feed) as contest:
             turns = contest.time(list(choices), "GPU", config, Meter(None))
             return {name: turns.latency(name) for name in choices} if turns else {}
-
-
-def explained(error: PipelineError) -> str:
-    """What is wrong, and what to do about it, in one line."""
-    return f"{error.problem}; {error.fix}" if error.fix else error.problem
 
 
 def _classes(output: NDArray[Any]) -> NDArray[Any]:

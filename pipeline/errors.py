@@ -47,6 +47,11 @@ class PipelineError(Exception):
         parts = [("expected", expected), ("got", got), ("to fix", fix)]
         super().__init__("\n".join([problem, *(f"  {name}: {text}" for name, text in parts if text)]))
 
+    @property
+    def summary(self) -> str:
+        """What is wrong, and what to do about it, in one line."""
+        return f"{self.problem}; {self.fix}" if self.fix else self.problem
+
 
 class InputError(PipelineError):
     """What the user gave cannot be used."""

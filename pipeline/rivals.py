@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pipeline.config import Config, Precision, Rival
 from pipeline.contenders import Contender, GpuContender, HostContender
-from pipeline.contest import Contestant, explained
+from pipeline.contest import Contestant
 from pipeline.engines import read_manifest
 from pipeline.errors import PipelineError, UnsupportedError
 from pipeline.graph.io import load_model, model_inputs
@@ -146,7 +146,7 @@ def _on_torch(config: Config, graph: Path, wants_gpu: bool) -> tuple[list[Contes
             raise UnsupportedError("torch is timed on segmentation networks alone, which have one output")
         python = torch_python(config.benchmark.torch_python)
     except PipelineError as error:
-        return [], {name: explained(error) for name, _ in chosen}
+        return [], {name: error.summary for name, _ in chosen}
     weights = config.network.weights
 
     def opens(variant: Variant) -> Contender:

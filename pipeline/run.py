@@ -183,7 +183,7 @@ class Run:
             )
         target, config = self._resolved("mixed"), self.config
         cleaned, cache, validation = self.clean(), self.calibrate(), self._validation()
-        timer = self._timer(cleaned, cache) if self._runs("mixed") else None
+        timer = self._timer() if self._runs("mixed") else None
         split = open_dataset(config.data, config.preprocessing, "calibration")
         chosen = split.choose(config.calibrate.images, config.calibrate.seed)
         images, rest = hold_out(split, chosen, config.mixed.images, config.mixed.seed)
@@ -232,7 +232,7 @@ class Run:
         """The folder of one engine: ``model.engine`` with its manifest, or the typed ``model.onnx`` alone."""
         return self._kept.stage(
             f"engine/{precision}",
-            functools.partial(self._build, precision),
+            lambda folder: self._build(self.clean(), precision, self._settings(precision), folder),
             config=[self._settings(precision), self.card, self._resolved(precision).identity()],
             parents={"clean": hash_of(self.clean()), "cache": hash_of(self._cache(precision))},
             tools=("onnx", "onnx-graphsurgeon"),
@@ -567,22 +567,17 @@ class Run:
         settings = self.config.engine
         return _leaving_out(settings, self.mix().patterns) if precision == "mixed" else settings
 
-    def _build(self, precision: Precision, folder: Path, shown: tuple[str, ...] = ()) -> None:
+    def _build(
+        self, model: Path, precision: Precision, settings: EngineConfig, folder: Path, shown: tuple[str, ...] = ()
+    ) -> None:
+        """Build an engine of a graph with this folder's calibration and timing cache."""
         from pipeline.stages.engine import build_engine
 
         cache = self._cache(precision)
-        timing_cache = self.folder / "timing.cache" if self.config.engine.timing_cache else None
+        timing_cache = self.folder / "timing.cache" if settings.timing_cache else None
+        card, network = self.card, self.config.network
         build_engine(
-            self.clean(),
-            precision,
-            self._settings(precision),
-            _table(cache),
-            hash_of(cache),
-            self.card,
-            folder,
-            timing_cache,
-            self.config.network,
-            shown,
+            model, precision, settings, _table(cache), hash_of(cache), card, folder, timing_cache, network, shown
         )
 
     @contextlib.contextmanager
@@ -591,7 +586,7 @@ class Run:
         from pipeline.engines import load_engine
 
         with tempfile.TemporaryDirectory(prefix="unet-trt-") as folder:
-            self._build(precision, Path(folder), tuple(tensors))
+            self._build(self.clean(), precision, self._settings(precision), Path(folder), tuple(tensors))
             with load_engine(Path(folder) / "model.engine") as runner:
                 yield runner
 
@@ -629,18 +624,16 @@ class Run:
         target = self._resolved(precision)
         return target.builder is not None and target.capabilities.runs
 
-    def _timer(self, cleaned: Path, cache: Path) -> Timer:
+    def _timer(self) -> Timer:
         """Times choices of mixed precision on this machine's GPU, on the first validation image."""
         from pipeline.contest import time_choices
-        from pipeline.stages.engine import build_engine
         from pipeline.stages.mix import excluded
 
         settings, feed = self.config.engine, self._feed()
-        timing_cache = self.folder / "timing.cache" if settings.timing_cache else None
 
         def build(half: Sequence[str], folder: Path) -> None:
             chosen = _leaving_out(settings, [*settings.exclude, *excluded(half)])
-            build_engine(cleaned, "mixed", chosen, _table(cache), hash_of(cache), self.card, folder, timing_cache)
+            self._build(self.clean(), "mixed", chosen, folder)
 
         return lambda choices: time_choices(choices, build, feed, self.config.benchmark)
 
@@ -671,17 +664,15 @@ class Run:
         """FP16 from the graph as exported, which shows what cleaning gains; only where engines run."""
         from pipeline.engines import load_engine
         from pipeline.rivals import RAW_ENGINE, Built
-        from pipeline.stages.engine import build_engine
 
         try:
             target, raw = self._resolved("fp16"), self.export()
             if not self._runs("fp16"):
                 raise UnsupportedError(target.capabilities.why_not_run or "no engine runs on this machine")
             settings = self.config.engine.model_copy(update={"source": "onnx"})
-            timing_cache = self.folder / "timing.cache" if settings.timing_cache else None
             folder = self._kept.stage(
                 "raw-engine",
-                lambda folder: build_engine(raw, "fp16", settings, None, None, self.card, folder, timing_cache),
+                lambda folder: self._build(raw, "fp16", settings, folder),
                 config=[settings, self.card, target.identity()],
                 parents={"raw": hash_of(raw)},
                 tools=("onnx", "onnx-graphsurgeon"),

@@ -62,7 +62,7 @@ def why_no_gpu() -> str:
     try:
         current_device()
     except PipelineError as error:
-        return f"{error.problem}; {error.fix}" if error.fix else error.problem
+        return error.summary
     return ""
 
 

@@ -25,7 +25,14 @@ from pipeline.backends import cuda, nvrtc, tensorrt
 from pipeline.backends.ahead import Ahead
 from pipeline.backends.base import BuildRequest, check_feeds
 from pipeline.backends.runner import EngineRunner
-from pipeline.calibration.histogram import BINS, EXPONENT_OF_BINS, SMALLEST_EXPONENT, Histogram, merge_concatenated
+from pipeline.calibration.histogram import (
+    BINS,
+    EXPONENT_OF_BINS,
+    SMALLEST_EXPONENT,
+    Histogram,
+    merge_concatenated,
+    not_finite,
+)
 from pipeline.closing import Closing
 from pipeline.config import EngineConfig
 from pipeline.errors import CalibrationError, EngineError, ModelError, PipelineError, UnsupportedError
@@ -107,7 +114,7 @@ def why_no_gpu_calibration() -> str:
     try:
         _require()
     except PipelineError as error:
-        return f"{error.problem}; {error.fix}" if error.fix else error.problem
+        return error.summary
     return ""
 
 
@@ -246,12 +253,7 @@ class _Slot:
         found = self._not_finite.array
         for tensor, bad in zip(self._tensors, found.tolist(), strict=True):
             if bad:
-                raise CalibrationError(
-                    f"tensor {tensor.name} holds NaN or infinite values on the image {self._image}",
-                    expected="finite activations",
-                    got=f"{bad} of {tensor.size} values are not finite",
-                    fix="check this image, the preprocessing and the network's weights",
-                )
+                raise not_finite(tensor.name, bad, tensor.size, self._image)
 
 
 def _require() -> Any:

@@ -75,7 +75,7 @@ class TensorrtBuilder:
         try:
             trt = api()
         except UnsupportedError as error:
-            why = f"{error.problem}; {error.fix}"
+            why = error.summary
             return Capabilities(self.name, None, False, False, why_not_build=why, why_not_run=why)
         typed = strongly_typed(trt)
         routes: tuple[RouteName, ...] = ("explicit",)
@@ -86,7 +86,7 @@ class TensorrtBuilder:
             device = cuda.current_device()
             return replace(known, builds=True, runs=True, device=device, details=_details(trt))
         except PipelineError as error:
-            why = f"{error.problem}; {error.fix}"
+            why = error.summary
             return replace(known, why_not_build=why, why_not_run=why)
 
     def build(self, request: BuildRequest) -> BuildResult:

@@ -46,7 +46,7 @@ class RtxBuilder:
         try:
             trt = api()
         except UnsupportedError as error:
-            why = f"{error.problem}; {error.fix}"
+            why = error.summary
             return Capabilities(self.name, None, False, False, why_not_build=why, why_not_run=why, routes=("explicit",))
         targets = target_capabilities(trt)
         device = None
@@ -60,7 +60,7 @@ class RtxBuilder:
                 f"TensorRT-RTX runs on {', '.join(targets)}; use --backend tensorrt on this GPU"
             )
         except PipelineError as error:
-            why_not_run = f"{error.problem}; {error.fix}"
+            why_not_run = error.summary
         return Capabilities(
             self.name,
             trt.__version__,

@@ -76,7 +76,7 @@ class Histogram:
             return
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise self._not_finite(flat, image)
+            raise not_finite(self.tensor, int(flat.size - np.isfinite(flat).sum()), flat.size, image)
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self._reach(math.frexp(self.amax)[1] if self.amax else SMALLEST_EXPONENT)
         factor = np.float32(1 / self.width)
@@ -143,14 +143,15 @@ class Histogram:
             self.counts = _merged(self.counts, exponent - self._exponent)
             self._exponent = exponent
 
-    def _not_finite(self, flat: NDArray[Any], image: str) -> CalibrationError:
-        bad = int(flat.size - np.isfinite(flat).sum())
-        return CalibrationError(
-            f"tensor {self.tensor} holds NaN or infinite values" + (f" on the image {image}" if image else ""),
-            expected="finite activations",
-            got=f"{bad} of {flat.size} values are not finite",
-            fix="check this image, the preprocessing and the network's weights",
-        )
+
+def not_finite(tensor: str, bad: int, size: int, image: str) -> CalibrationError:
+    """What to raise where ``bad`` of a tensor's values are NaN or infinite; the image may be unknown ("")."""
+    return CalibrationError(
+        f"tensor {tensor} holds NaN or infinite values" + (f" on the image {image}" if image else ""),
+        expected="finite activations",
+        got=f"{bad} of {size} values are not finite",
+        fix="check this image, the preprocessing and the network's weights",
+    )
 
 
 def merge_concatenated(histograms: Mapping[str, Histogram], concatenations: Mapping[str, Sequence[str]]) -> None:

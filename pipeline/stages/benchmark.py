@@ -25,7 +25,7 @@ from pipeline.backends.nvml import Gauge, Meter
 from pipeline.backends.runner import EngineRunner
 from pipeline.config import BenchmarkConfig, Precision
 from pipeline.contenders import GpuContender
-from pipeline.contest import Contest, Contestant, explained
+from pipeline.contest import Contest, Contestant
 from pipeline.errors import PipelineError
 from pipeline.graph.io import load_model
 from pipeline.metrics.interleaving import MOST_WARM_UPS, SETTLED, Interleaved
@@ -253,7 +253,7 @@ def _own_figures(
         try:
             figures.append(clock(name, fed[name], config.seconds, config.warmup_seconds))
         except PipelineError as error:
-            not_run[f"{tool}, {name}"] = explained(error)
+            not_run[f"{tool}, {name}"] = error.summary
     return tuple(figures)
 
 
