@@ -24,7 +24,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "as configured": (("fp32", "fp16", "int8"), ()),
     "Q/DQ at convolutions": (("int8",), ("--set", "engine.qdq=convolutions")),
-    "Q/DQ shared": (("int8",), ("--set", "engine.qdq=shared")),
     "implicit": (("int8",), ("--set", "engine.route=implicit")),
 }
 

@@ -269,9 +269,9 @@ class EngineConfig(Strict):
     profile: dict[Axis, ProfileRange] = {}
     exclude: tuple[str, ...] = Field((), description="node name patterns of convolutions that stay unquantized")
     qdq: Placement = Field(
-        "convolutions",
-        description="INT8 on the explicit route; shared: pools, resizes, pads and concatenations too, with "
-        "one range for all that they join",
+        "shared",
+        description="INT8 on the explicit route; convolutions: they alone; shared: pools, resizes, pads and "
+        "concatenations too, with one range for all that they join",
     )
 
 
