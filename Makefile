@@ -16,7 +16,7 @@ COMMON    = -c $(CONFIG) --build-dir $(BUILD) $(SETS)
 CHOSEN    = $(foreach precision,$(PRECISION),-p $(precision)) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-matrix test-gpu lint export clean-graph calibrate engine validate benchmark report regress train
+.PHONY: help setup run test test-matrix test-gpu lint docs export clean-graph calibrate engine validate benchmark report regress train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,13 @@ lint: $(READY) $(TYPING)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	MYPYPATH=$(TYPING) $(VENV)/bin/mypy
+
+docs: $(VENV)/.docs ## the reference from the sources, and build/docs/index.html; a broken link is an error
+	$(VENV)/bin/python docs/generate.py
+	$(VENV)/bin/python -m sphinx -n -W --keep-going -q -b html docs $(BUILD)/docs
+$(VENV)/.docs: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # TensorRT's API for mypy. Not in the environment: there the stubs would ask for TensorRT itself, and look like it.
 # sed mends what is no Python in them: parameters named "in", and one without a default behind some that have one.

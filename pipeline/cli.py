@@ -241,7 +241,7 @@ def calibrate(
     ] = None,
     calibrator: Annotated[
         Literal["cpu", "gpu", "tensorrt", "auto"] | None,
-        typer.Option(help="auto: gpu where that is possible.", show_default="cpu"),
+        typer.Option(help="auto: gpu where that is possible, otherwise cpu.", show_default="auto"),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that cannot be decoded.")] = False,
     config: ConfigOption = None,

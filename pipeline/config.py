@@ -82,9 +82,11 @@ class NetworkConfig(Strict):
     """Where the network comes from: a torch factory with weights, or an ONNX file."""
 
     factory: str | None = Field(None, pattern=r"^[\w.]+:\w+$", description="package.module:callable")
-    arguments: dict[str, Any] = {}
-    weights: ConfigPath | None = None
-    onnx: ConfigPath | None = None
+    arguments: dict[str, Any] = Field(
+        {}, description="of the factory; what it can infer from the weights may be left out"
+    )
+    weights: ConfigPath | None = Field(None, description=".safetensors, .pth, .pt or .wts with a state dict")
+    onnx: ConfigPath | None = Field(None, description="an ONNX file, in place of factory, arguments and weights")
 
     @model_validator(mode="after")
     def _one_source(self) -> NetworkConfig:
@@ -96,17 +98,26 @@ class NetworkConfig(Strict):
 
 
 class PreprocessingConfig(Strict):
-    """Image (uint8, HWC) to network input (float32, CHW): resize, channel order, ``(x * scale - mean) / std``."""
+    """Image (uint8, HWC) to network input (float32, CHW): resize, channel order, ``(x * scale - mean) / std``.
 
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    resize: Literal["stretch", "letterbox", "none"] = "none"
+    It has to be what the network was trained with.
+    """
+
+    height: int = Field(gt=0, description="of the network's input, in pixels")
+    width: int = Field(gt=0, description="of the network's input, in pixels")
+    resize: Literal["stretch", "letterbox", "none"] = Field(
+        "none",
+        description="stretch: to height × width; letterbox: keep the proportions and pad; none: images have that size, "
+        "and prediction cuts larger ones into tiles",
+    )
     interpolation: Literal["bilinear", "nearest"] = Field("bilinear", description="of the image, where it is resized")
-    channels: Literal["grey", "rgb", "bgr"] = "rgb"
-    scale: float = Field(1 / 255, gt=0)
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
-    pad_value: int = Field(0, ge=0, le=255)
+    channels: Literal["grey", "rgb", "bgr"] = Field("rgb", description="that the network takes, in this order")
+    scale: float = Field(1 / 255, gt=0, description="factor of the 8-bit values")
+    mean: tuple[float, ...] = Field((0.0,), description="subtracted after scale; one value, or one a channel")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0,), description="divided by after mean; one value, or one a channel"
+    )
+    pad_value: int = Field(0, ge=0, le=255, description="8-bit value of what letterbox adds")
 
     @property
     def channel_count(self) -> int:
@@ -123,8 +134,8 @@ class PreprocessingConfig(Strict):
 class ClassConfig(Strict):
     """One class of the label maps; its id is its place in the list."""
 
-    name: str
-    colour: Colour
+    name: str = Field(description="in reports; no two alike")
+    colour: Colour = Field(description="red, green, blue of masks and overlays, 0 to 255 each")
     category: str | None = Field(None, description="group of classes that is judged as one too, as Cityscapes does")
 
 
@@ -135,21 +146,25 @@ class SplitConfig(Strict):
     stands for.
     """
 
-    images: str
-    labels: str | None = None
+    images: str = Field(description="folder or pattern of images")
+    labels: str | None = Field(None, description="folder or pattern of label maps, which have the images' names")
 
 
 class DataConfig(Strict):
     """The images that the network is trained, calibrated and validated on."""
 
-    kind: Literal["cells", "shapes", "folder"]
-    classes: tuple[ClassConfig, ...] = Field((), max_length=255, description="two or more, but for task: tensors")
+    kind: Literal["cells", "shapes", "folder"] = Field(
+        description="folder: image files; cells: built-in images with label maps; shapes: built-in images with boxes"
+    )
+    classes: tuple[ClassConfig, ...] = Field(
+        (), max_length=255, description="in the order of their ids; two or more, but for task: tensors"
+    )
     void: int | None = Field(None, ge=0, le=255, description="label value that no metric counts")
     label_values: dict[int, int] | None = Field(None, description="value in the label file -> class id; default: equal")
-    seed: int = 0
-    root: ConfigPath | None = None
-    train: SplitConfig | None = None
-    validation: SplitConfig | None = None
+    seed: int = Field(0, description="of built-in images, and of the choice of a validation split")
+    root: ConfigPath | None = Field(None, description="folder that the splits are relative to; kind: folder only")
+    train: SplitConfig | None = Field(None, description="needed with kind: folder; calibration images come from here")
+    validation: SplitConfig | None = Field(None, description="that judges engines; default: a share of train")
     calibration: SplitConfig | None = Field(None, description="default: a seeded choice of the training images")
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="of train, where no validation split is named")
     train_images: int = Field(400, gt=0, description="cells and shapes only")
@@ -178,19 +193,21 @@ class DataConfig(Strict):
 class ExportConfig(Strict):
     """torch -> ONNX."""
 
-    opset: int = Field(19, ge=11, le=23)
-    exporter: Literal["dynamo", "torchscript"] = "dynamo"
+    opset: int = Field(19, ge=11, le=23, description="of the ONNX file; dynamo writes 18 at least")
+    exporter: Literal["dynamo", "torchscript"] = Field("dynamo", description="try the other where one refuses")
     batch: int = Field(1, gt=0, description="of a static graph, and the example of a dynamic one")
-    dynamic: tuple[Axis, ...] = ()
+    dynamic: tuple[Axis, ...] = Field((), description="axes left free; each needs engine.profile")
     outputs: tuple[str, ...] = Field((), description="names, of task: tensors; default: output_0, output_1, …")
     compare_images: int = Field(2, gt=0, description="images on which torch and ONNX Runtime are compared")
     tolerance: float = Field(1e-3, gt=0, description="max |torch - onnx| / max |torch|")
 
 
 class CleanConfig(Strict):
-    """Graph rewriting; ``tolerance`` is the largest accepted change of any output, relative to its largest value."""
+    """Graph rewriting."""
 
-    tolerance: float = Field(1e-5, gt=0)
+    tolerance: float = Field(
+        1e-5, gt=0, description="largest accepted change of any output, relative to its largest value"
+    )
     input: Literal["float", "image"] = Field("float", description="image: uint8 (N, H, W, C), normalised in the graph")
     output: Literal["logits", "labels", "probabilities"] = Field(
         "logits", description="labels: uint8 (N, H, W); probabilities: softmax over the classes"
@@ -206,12 +223,12 @@ class CalibrateConfig(Strict):
     calibrator: Calibrator = Field(
         "auto", description="where activations are computed; auto: gpu where that is possible, otherwise cpu"
     )
-    images: int = Field(32, gt=0)
+    images: int = Field(32, gt=0, description="how many, of a seeded choice")
     batch: int = Field(1, gt=0, description="images fed at a time; the graph's batch has to be free or as many")
-    bins: int = Field(2048, ge=256)
+    bins: int = Field(2048, ge=256, description="of the histograms that entropy and mse search")
     percentile: float = Field(99.99, gt=0, le=100, description="of algorithm: percentile")
     skip_bad: bool = Field(False, description="go on without images that cannot be decoded")
-    seed: int = 0
+    seed: int = Field(0, description="of the choice of images")
 
     @model_validator(mode="after")
     def _offered(self) -> CalibrateConfig:
@@ -221,15 +238,16 @@ class CalibrateConfig(Strict):
 
 
 class ProfileRange(Strict):
-    """Sizes of one dynamic axis that an engine accepts.
+    """Sizes of one dynamic axis that an engine accepts."""
 
-    ``multiple_of`` is a promise: no other size is ever given, so size alignment that is zero for these goes.
-    """
-
-    min: int = Field(gt=0)
-    opt: int = Field(gt=0)
-    max: int = Field(gt=0)
-    multiple_of: int = Field(1, gt=0)
+    min: int = Field(gt=0, description="smallest size")
+    opt: int = Field(gt=0, description="size that kernels are chosen for")
+    max: int = Field(gt=0, description="largest size")
+    multiple_of: int = Field(
+        1,
+        gt=0,
+        description="a promise that no other size is ever given, so that nodes which align sizes can go",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ProfileRange:
@@ -244,9 +262,16 @@ class ProfileRange(Strict):
 class EngineConfig(Strict):
     """ONNX -> engine."""
 
-    precisions: tuple[Precision, ...] = Field(PRECISIONS, min_length=1)
-    backend: BackendName = "auto"
-    route: Route = "auto"
+    precisions: tuple[Precision, ...] = Field(PRECISIONS, min_length=1, description="that are built by default")
+    backend: BackendName = Field(
+        "auto",
+        description="auto: TensorRT where it can build here, else TensorRT-RTX; onnxruntime: typed graphs, no engine",
+    )
+    route: Route = Field(
+        "auto",
+        description="implicit: flags and calibration cache; explicit: typed graph with Q/DQ; auto: explicit for INT8, "
+        "and wherever there are no flags",
+    )
     source: Source = Field(
         "onnx", description="network-api: the UNet layer by layer from its weights, without an ONNX parser"
     )
@@ -257,7 +282,7 @@ class EngineConfig(Strict):
     timing_iterations: int = Field(
         1, ge=1, le=100, description="how often each kernel is timed; more: a steadier choice, slower to build"
     )
-    tf32: bool = False
+    tf32: bool = Field(False, description="let FP32 layers compute in TF32: faster, with a mantissa of 10 bits")
     sparsity: bool = Field(False, description="kernels for weights of which 2 in 4 are zero")
     hardware_compatible: bool = Field(False, description="for every GPU from Ampere on; slower than for this one alone")
     version_compatible: bool = Field(False, description="for later TensorRT of this major version too")
@@ -265,8 +290,8 @@ class EngineConfig(Strict):
     profiling: Literal["detailed", "none"] = Field(
         "detailed", description="what `inspect` and profilers see of the layers; costs no time at inference"
     )
-    timing_cache: bool = True
-    profile: dict[Axis, ProfileRange] = {}
+    timing_cache: bool = Field(True, description="reuse kernel times of earlier builds on this GPU")
+    profile: dict[Axis, ProfileRange] = Field({}, description="sizes of each axis that the graph leaves free")
     exclude: tuple[str, ...] = Field((), description="node name patterns of convolutions that stay unquantized")
     qdq: Placement = Field(
         "shared",
@@ -284,10 +309,12 @@ class Tolerance(Strict):
     unless it is a default.
     """
 
-    atol: float = Field(ge=0)
-    rtol: float = Field(ge=0)
-    statistic: Literal["elemwise", "max", "mean", "median", "quantile"] = "elemwise"
-    quantile: float = Field(0.99, gt=0, le=1)
+    atol: float = Field(ge=0, description="absolute tolerance of the outputs")
+    rtol: float = Field(ge=0, description="relative tolerance of the outputs")
+    statistic: Literal["elemwise", "max", "mean", "median", "quantile"] = Field(
+        "elemwise", description="of the errors, that is held to atol and rtol"
+    )
+    quantile: float = Field(0.99, gt=0, le=1, description="of statistic: quantile")
     min_signal_to_error_db: float | None = Field(None, description="of every output, against FP32's")
     min_agreement: float | None = Field(None, ge=0, le=1, description="share of pixels with FP32's class")
     max_miou_drop: float | None = Field(None, ge=0, le=1, description="of mean IoU; needs labels")
@@ -374,8 +401,8 @@ class ValidateConfig(Strict):
         0.01, ge=0, le=1, description="share of FP32's output range; flipped pixels of a smaller margin count apart"
     )
     resamples: int = Field(1000, ge=100, le=100_000, description="of images, for confidence intervals")
-    seed: int = 0
-    tolerances: dict[Precision, Tolerance] = {}
+    seed: int = Field(0, description="of the resamples")
+    tolerances: dict[Precision, Tolerance] = Field({}, description="budgets that replace a precision's defaults")
 
     def tolerance(self, precision: Precision, task: Task = "segmentation") -> Tolerance:
         defaults = DEFAULT_TOLERANCES if task == "segmentation" else DEFAULT_TENSOR_TOLERANCES
@@ -408,21 +435,23 @@ class BenchmarkConfig(Strict):
 class TrainConfig(Strict):
     """Recipe of ``unet-trt train``."""
 
-    steps: int = Field(1500, gt=0)
-    batch: int = Field(4, gt=0)
+    steps: int = Field(1500, gt=0, description="of the optimizer, a batch each")
+    batch: int = Field(4, gt=0, description="images a step")
     crop: tuple[int, int] | None = Field(None, description="height, width; default: whole images")
-    learning_rate: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    dice_weight: float = Field(0.5, ge=0)
-    class_weights: tuple[float, ...] | None = None
-    augment: tuple[Literal["flip_horizontal", "flip_vertical", "rotate", "brightness", "scale", "elastic"], ...] = ()
-    seed: int = 0
+    learning_rate: float = Field(3e-3, gt=0, description="the highest; it rises first and then falls")
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
+    dice_weight: float = Field(0.5, ge=0, description="of the Dice loss, beside cross-entropy with 1")
+    class_weights: tuple[float, ...] | None = Field(None, description="of cross-entropy, one a class; default: equal")
+    augment: tuple[Literal["flip_horizontal", "flip_vertical", "rotate", "brightness", "scale", "elastic"], ...] = (
+        Field((), description="random changes of training images")
+    )
+    seed: int = Field(0, description="of initial weights, order and augmentation")
 
 
 class Config(Strict):
     """One network and its data, from weights to verdict."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the folder below build/")
     task: Task = Field(
         "segmentation", description="tensors: any network of one image, judged by its outputs' values alone"
     )

@@ -190,7 +190,7 @@ def calibrate_with_tensorrt(
     if not implicit_offered(trt):
         raise UnsupportedError(
             f"TensorRT {trt.__version__} has no calibrators",
-            fix="use calibrate.calibrator: pipeline, which needs no GPU",
+            fix="use calibrate.calibrator: cpu, which needs no GPU",
         )
     with Ahead(batches) as ahead:
         first = next(ahead, None)
