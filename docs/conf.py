@@ -25,7 +25,7 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
         return
     for section in re.findall(r"^## .*?(?=^## |\Z)", source[0], re.M | re.S):
         caption = section.partition("\n")[0].removeprefix("## ")
-        pages = re.findall(r"^- \[[^]]+\]\((.+?)\.md\)", section, re.M)
+        pages = [f"{title} <{name}>" for title, name in re.findall(r"^- \[(.+?)\]\((.+?)\.md\)", section, re.M)]
         source[0] += "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```\n"])
 
 

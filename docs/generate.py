@@ -27,6 +27,7 @@ NOTE = "<!-- Written by docs/generate.py: change the source it reads, then run `
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 WORDS = {bool: "yes or no", int: "integer", float: "number", str: "text", Path: "path", Any: "any value"}
 PLURALS = {"integer": "integers", "number": "numbers", "text": "texts", "path": "paths", "a mapping": "mappings"}
+PARAGRAPH = "\n\n"
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 # Classes beside the errors by heading, as (module, name, file).
 PUBLIC = {
@@ -56,7 +57,7 @@ One YAML file says everything about a network and its data. [Your own network](.
 [your own data](../own-data.md) explain how to write one; [configs](../../configs/cells.yaml) has examples.
 Unknown keys and wrong values are errors. `--set section.key=value` overrides a key.
 
-{doc(config)}
+{doc(config).partition(PARAGRAPH)[2]}
 """
     places: dict[type[BaseModel], list[str]] = {}
     for path, model in nested(config.Config):
@@ -292,7 +293,7 @@ def doc(thing: Any) -> str:
 
 
 def first_line(model: type[BaseModel]) -> str:
-    return clean_text((model.__doc__ or "").partition("\n\n")[0])
+    return clean_text((model.__doc__ or "").partition(PARAGRAPH)[0])
 
 
 def clean_text(text: str | None) -> str:

@@ -61,7 +61,7 @@ def decoder_for(path: Path) -> Any:
     raise UnsupportedError(
         f"no decoder for the video {path} is installed",
         expected="imageio-ffmpeg or OpenCV",
-        fix="pip install 'unet-trt[video]' (imageio-ffmpeg), or give the frames as images",
+        fix="pip install imageio-ffmpeg, or give the frames as images",
     )
 
 
