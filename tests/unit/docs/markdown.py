@@ -14,6 +14,7 @@ from markdown_it.token import Token
 from tests.conftest import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
+SOURCE = re.compile(r'(?:src|href)="([^"]+)"')
 PAGES = tuple(sorted([*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")]))
 
 
@@ -56,6 +57,8 @@ def links(page: Path) -> list[str]:
     """Targets of links and pictures."""
     targets = [token.attrGet("href") for token in inline(page, "link_open")]
     targets += [token.attrGet("src") for token in inline(page, "image")]
+    html = [token for token in tokens(page) if token.type == "html_block"]
+    targets += [target for token in (*html, *inline(page, "html_inline")) for target in SOURCE.findall(token.content)]
     return [str(target) for target in targets]
 
 
