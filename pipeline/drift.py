@@ -23,8 +23,9 @@ from pipeline.graph.shapes import dims, infer_at
 
 Opener = Callable[[Sequence[str]], AbstractContextManager[Runner]]
 # A tensor is where the error jumps when it has this much less SQNR than the worst tensor that it is made from; and one
-# that is made from exact ones alone when it has less than FLOOR_DB.
-JUMP_DB, FLOOR_DB = 10.0, 20.0
+# that is made from exact ones alone when it has less than FLOOR_DB. Beyond EXACT_DB only FP32 rounds, as where an FP16
+# engine computes in FP32.
+JUMP_DB, FLOOR_DB, EXACT_DB = 10.0, 20.0, 100.0
 GROUP_BYTES = 512 << 20
 # What takes signal away and adds no error: SQNR falls there though nothing is wrong.
 ACTIVATIONS = ("Relu", "LeakyRelu", "PRelu", "Clip")
@@ -263,5 +264,6 @@ def _jump(tensors: Iterable[TensorDrift], producers: Mapping[str, NodeProto]) ->
         alone = entry.op in ACTIVATIONS and compared.issuperset(producers[entry.tensor].input[:1])
         if not alone and entry.sqnr_db < (min(before) - JUMP_DB if before else FLOOR_DB):
             return entry.tensor
-        seen[entry.tensor] = entry.sqnr_db
+        if entry.sqnr_db < EXACT_DB:
+            seen[entry.tensor] = entry.sqnr_db
     return None

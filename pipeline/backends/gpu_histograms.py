@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
@@ -308,7 +309,8 @@ def _observing_engine(
     model.graph.output.extend(values[tensor] for tensor in tensors if tensor != source.name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "observed.onnx"
-        save_model(model, path)
+        # What leads to none of them goes: TensorRT takes the uint8 of labels only where they are an output.
+        save_model(gs.export_onnx(gs.import_onnx(model).cleanup()), path)
         built = tensorrt.TensorrtBuilder().build(
             BuildRequest(
                 path,

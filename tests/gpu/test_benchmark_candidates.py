@@ -137,6 +137,7 @@ def test_all_candidates(build, plan):
     assert engine.agreement > 0.95
     assert engine.gpu_bytes > 0
     assert engine.build_seconds > 0
+    alone = sum(timing.device is not None for timing in report.timings) == 1
     for timing in report.timings:
         if timing.name == "FP32 on ONNX Runtime, CPU":
             assert timing.device is None
@@ -144,9 +145,12 @@ def test_all_candidates(build, plan):
         assert timing.to_gpu.p50_ms > 0
         assert timing.from_gpu.p50_ms > 0
         assert len(timing.rounds_ms) == 6
-        assert timing.ratio.low <= timing.ratio.median <= timing.ratio.high
+        if alone:
+            assert timing.ratio is None
+        else:
+            assert timing.ratio.low <= timing.ratio.median <= timing.ratio.high
         assert timing.device.p50_ms <= timing.device.p90_ms <= timing.device.p99_ms
-    assert 1 in [timing.ratio.median for timing in report.timings if timing.ratio]
+    assert alone or 1 in [timing.ratio.median for timing in report.timings if timing.ratio]
     of_engine = [row for row in report.throughput if row.name == "fp16"]
     assert [row.batch for row in of_engine if row.clock == "GPU"] == [1, 2, 4]
     assert [row.streams for row in of_engine if row.clock == "host"] == [1, 2]

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
+from pipeline.artifacts import ModelCard
 from pipeline.backends import cuda
 from pipeline.backends.cpu_histograms import cpu_histograms
 from pipeline.backends.gpu_histograms import gpu_histograms, why_no_gpu_calibration
 from pipeline.calibration.algorithms import ALGORITHMS
-from pipeline.config import EngineConfig
+from pipeline.config import ClassConfig, EngineConfig, PreprocessingConfig
 from pipeline.errors import CalibrationError
+from pipeline.graph.deployment import bake
 from pipeline.graph.placement import activation_tensors
-from tests.tiny_unet import images, save, tiny_unet
+from tests.tiny_unet import SIZE, images, save, tiny_unet
 from tests.unit.backends.test_gpu_histograms import CASES, counted, reference, relu, same
 
 MISSING = why_no_gpu_calibration()
@@ -95,6 +97,19 @@ class TestWhole:
             entropy = [ALGORITHMS["entropy"](histogram, 2048) for histogram in (have, want)]
             assert entropy[0] == pytest.approx(entropy[1], rel=0.01), have.tensor
         same(found[tensors.index("image")], wanted[tensors.index("image")])
+
+    def test_from_images_to_labels(self, tmp_path):
+        """TensorRT 8.6.0 takes uint8 as inputs and outputs alone, and here labels are no output."""
+        spec = PreprocessingConfig(height=SIZE, width=SIZE, channels="rgb", mean=(0.5,), std=(0.25,))
+        card = ModelCard("tiny", spec, tuple(ClassConfig(name=name, colour=(9, 9, 9)) for name in "abc"))
+        model = bake(tiny_unet(), card, input="image", output="labels")
+        tensors = activation_tensors(model)
+        rng = np.random.default_rng(0)
+        given = [(f"image {i}", rng.integers(0, 256, (1, SIZE, SIZE, 3), np.uint8)) for i in range(4)]
+        found = gpu_histograms(save(model, tmp_path / "clean.onnx"), tensors, given, SETTINGS)
+        for have, want in zip(found, cpu_histograms(model, tensors, given), strict=True):
+            assert (have.tensor, have.total) == (want.tensor, want.total)
+            assert have.amax == pytest.approx(want.amax, rel=1e-3)
 
     def test_weights_that_overflow(self, tmp_path):
         model = tiny_unet()

@@ -79,7 +79,7 @@ def test_implicit(tmp_path):
     table = observed_table(tiny_unet(), images(8))
     quantized = sorted(in_int8(built(tmp_path, tiny_unet(), table, "int8", "implicit")))
     assert len(quantized) > 1, quantized
-    held = set(quantized[::2])
+    held = set(quantized[:1])  # with more of them TensorRT, which is free to, computes the rest in FP16 too
     mixed = built(tmp_path, tiny_unet(), table, "mixed", "implicit", held)
     assert in_int8(mixed)
     assert in_int8(mixed).isdisjoint(held)

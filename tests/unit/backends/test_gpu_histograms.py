@@ -453,6 +453,13 @@ class TestEngine:
         (feeds,) = images(1, batch=2)
         assert len(session.run(None, feeds)) == len(observed) - 1
 
+    def test_what_no_observed_tensor_needs_is_left_out(self, requests):
+        model = tiny_unet()
+        first = next(node.output[0] for node in model.graph.node if node.op_type == "Conv")
+        self.build(model, ["image", first], (1, 3, 32, 32))
+        ((_, built),) = requests
+        assert [node.output[0] for node in built.graph.node] == [first]
+
     def test_halves_are_refused(self, requests):
         model = doubling()
         for value in (*model.graph.input, *model.graph.output):
