@@ -8,6 +8,7 @@ PYTHON    ?= python3
 VENV     := .venv
 READY    := $(VENV)/.ready
 TYPING   := $(VENV)/typing
+TRITON   := $(VENV)/triton
 UNET_TRT := $(VENV)/bin/unet-trt
 TEST      = $(VENV)/bin/python -m pytest -n auto --dist worksteal
 # SET="a.b=c d.e=f" overrides keys of the configuration.
@@ -16,7 +17,7 @@ COMMON    = -c $(CONFIG) --build-dir $(BUILD) $(SETS)
 CHOSEN    = $(foreach precision,$(PRECISION),-p $(precision)) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-matrix test-gpu lint docs export clean-graph calibrate engine validate benchmark report regress train
+.PHONY: help setup run test test-matrix test-gpu triton lint docs export clean-graph calibrate engine validate benchmark report regress train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -27,13 +28,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "unet-trt needs Python 3.10 to 3.13, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,rtx,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,rtx,serve,dev]'
 	@touch $@
 
 run: $(READY) ## the whole pipeline on CONFIG
 	$(UNET_TRT) run $(COMMON) $(CHOSEN)
 
-test: $(READY) ## all tests that need no GPU
+test: $(READY) $(TRITON)/.ready ## all tests that need no GPU
 	$(TEST)
 
 test-matrix: $(READY) ## every export: exporters × opsets × sizes × upsampling
@@ -41,6 +42,18 @@ test-matrix: $(READY) ## every export: exporters × opsets × sizes × upsamplin
 
 test-gpu: ## tests on a GPU host, with the interpreter PYTHON that has TensorRT
 	$(PYTHON) -m pytest tests/gpu -m gpu
+
+# NVIDIA's own server with its Python backend, which is built for numpy 1: in an environment of its own. Where there is
+# none for this Python or machine, the tests that need it say so.
+triton: $(TRITON)/.ready ## Triton Inference Server for tests and small deployments
+$(TRITON)/.ready: $(READY)
+	rm -rf $(TRITON)
+	$(VENV)/bin/python -m venv $(TRITON)
+	-$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		nvidia-pytriton==0.7.0 numpy==1.26.4 "$$(grep ^onnxruntime== constraints.txt)" \
+		&& cd $(TRITON)/lib/python*/site-packages/pytriton/tritonserver \
+		&& cp python_backend_stubs/$$(basename $$(cd ../../../ && pwd) | tr -d python)/triton_python_backend_stub backends/python/
+	@touch $@
 
 lint: $(READY) $(TYPING)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -100,6 +100,23 @@ class EngineManifest:
     schema_version: int = field(default=SCHEMA_VERSION)
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What a packaged model says of itself beside its tensors: a parameter in Triton's ``config.pbtxt``, and
+    ``model.json`` in an archive.
+
+    ``profiles`` are the engine's. ``multiples`` and ``aligns_corners`` as in ``EngineManifest``, but by role (batch,
+    height, width) instead of the graph's own axis names.
+    """
+
+    card: ModelCard
+    precision: Precision
+    profiles: dict[str, Profile]
+    multiples: dict[str, int]
+    aligns_corners: bool
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+
 def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

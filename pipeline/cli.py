@@ -26,6 +26,7 @@ from pipeline.printing import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pipeline.backends.remote import RemoteRunner
     from pipeline.config import Config, Precision
     from pipeline.run import Run
 
@@ -501,6 +502,58 @@ def train(
 # ---------------------------------------------------------------------- models in use
 
 
+@app.command()
+def package(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model repository, or MODEL.zip.")],
+    format: Annotated[
+        Literal["triton", "zip"], typer.Option(help="A Triton model repository, or an archive with its own runner.")
+    ],
+    precision: PrecisionsOption = None,
+    platform: Annotated[
+        Literal["auto", "tensorrt_plan", "onnxruntime_onnx", "python"],
+        typer.Option(help="What runs it in Triton; auto: TensorRT where there is its engine, else ONNX Runtime."),
+    ] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in Triton.", show_default="<config>_<precision>")
+    ] = None,
+    model_version: Annotated[int | None, typer.Option(help="Its version there.", show_default="the next one")] = None,
+    instances: Annotated[int, typer.Option(help="That Triton runs at a time, on each GPU or on the CPU.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the version or archive that exists.")] = False,
+    config: ConfigOption = None,
+    backend: BackendOption = None,
+    build_dir: BuildOption = BUILD,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Validated models for a server, or for machines without this program."""
+    from pipeline.errors import ConfigError
+    from pipeline.serving.repository import require_schema
+    from pipeline.stages.package import package_archive, package_triton
+
+    if format == "triton":
+        require_schema()  # before the first minute of work
+    settings = _load(config, overrides, backend)
+    precisions = _precisions(settings, precision)
+    if precisions[1:] and (format == "zip" or name or model_version):
+        raise ConfigError("one precision goes into one archive, or model of a name", expected="one -p, such as -p fp16")
+    with _run(settings, build_dir, force) as work:
+        for judged in [work.judged(each) for each in precisions]:
+            if format == "zip":
+                package_archive(judged, output, overwrite=overwrite)
+                print(output)
+                continue
+            made = package_triton(
+                judged,
+                output,
+                platform=platform,
+                name=name,
+                version=model_version,
+                instances=instances,
+                overwrite=overwrite,
+            )
+            print(made)
+
+
 @weights_app.command("convert")
 def convert_weights(
     source: Annotated[Path, typer.Argument(help="A.pth, .pt, .safetensors or .wts.")],
@@ -524,7 +577,9 @@ def convert_weights(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="MODEL.engine or MODEL.onnx.")],
+    model: Annotated[
+        Path, typer.Argument(help="MODEL.engine or MODEL.onnx; with --server its NAME there, or NAME/VERSION.")
+    ],
     inputs: Annotated[list[str], typer.Argument(help="Images, folders, globs, frame_%04d.png, TIFF stacks, videos.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for masks, overlays, predictions.jsonl.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that exist.")] = False,
@@ -536,22 +591,32 @@ def predict(
     batch: Annotated[int | None, typer.Option(help="Images that are fed at once, where the model allows.")] = None,
     tile: Annotated[int | None, typer.Option(help="Longest side that a model of free sizes is fed, in pixels.")] = None,
     overlap: Annotated[int | None, typer.Option(help="Pixels that neighbouring tiles share.")] = None,
-    streams: Annotated[int | None, typer.Option(help="Batches that an engine works on at a time.")] = None,
+    streams: Annotated[
+        int | None, typer.Option(help="Batches that an engine works on, or requests that a server is sent, at a time.")
+    ] = None,
     card: Annotated[
         Path | None, typer.Option("--card", help="ONNX file or manifest that says preprocessing and classes.")
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load an engine without its manifest's approval.")] = False,
+    server: Annotated[
+        str | None, typer.Option(help="Predict there: grpc://HOST:PORT or http://HOST:PORT, of Triton.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds that a request to the server may take.", show_default="60")
+    ] = None,
 ) -> None:
     """Images in, masks out."""
-    from pipeline.artifacts import sha256_file
-    from pipeline.errors import DataError
+    from pipeline.errors import ConfigError, DataError
     from pipeline.predictor import Predictor
     from pipeline.stages.predict import Wanted
     from pipeline.stages.predict import predict as predict_images
 
     wanted = Wanted(output, overwrite, resume, overlays, probabilities)
-    with Predictor(model, card, trust=trust, batch=batch, tile=tile, overlap=overlap, streams=streams) as predictor:
-        outcome = predict_images(predictor, sha256_file(model), inputs, wanted)
+    if timeout is not None and server is None:
+        raise ConfigError("--timeout belongs to --server", fix="leave it out, or add --server")
+    source = model if server is None else _served(server, model, timeout)
+    with Predictor(source, card, trust=trust, batch=batch, tile=tile, overlap=overlap, streams=streams) as predictor:
+        outcome = predict_images(predictor, predictor.sha256, inputs, wanted)
     earlier = f", {outcome.already} done before" if outcome.already else ""
     print(f"{outcome.done} mask(s) in {output}{earlier}")
     if outcome.failed:
@@ -563,7 +628,8 @@ def predict(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An .onnx, .engine, .cache or .json file.")], json: JsonOption = False
+    file: Annotated[Path, typer.Argument(help="An .onnx, .engine, .cache, .json or .pbtxt file.")],
+    json: JsonOption = False,
 ) -> None:
     """Say what a file holds; of an engine also where its time goes, where it runs."""
     from pipeline.inspection import inspect_file
@@ -658,6 +724,12 @@ def _section(model: Any, values: dict[str, Any]) -> Any:
         # What forbids a combination of keys has no place of its own.
         place, got = ([str(first["loc"][0])], str(first["input"])) if first["loc"] else ([], "")
         raise ConfigError(": ".join([*place, first["msg"].removeprefix("Value error, ")]), got=got) from error
+
+
+def _served(server: str, model: Path, timeout: float | None) -> RemoteRunner:
+    from pipeline.backends.remote import TIMEOUT, RemoteRunner
+
+    return RemoteRunner(f"{server.rstrip('/')}/{model}", TIMEOUT if timeout is None else timeout)
 
 
 def _card_of(model: Path) -> Any:

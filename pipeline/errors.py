@@ -9,6 +9,7 @@
     │   ├── ModelError                    network, weights, ONNX file
     │   ├── CalibrationError              calibration images, table, cache
     │   ├── EngineError                   engine file, its manifest, a build that TensorRT refuses
+    │   ├── ServerError                   inference server unreachable, not ready, without the model, refusing, too slow
     │   └── BuildFolderError              build folder unwritable, locked, damaged
     ├── CheckFailed                 1     a tolerance, an accuracy budget or a regression check
     └── UnsupportedError            3     this machine lacks what was asked for
@@ -26,6 +27,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "PipelineError",
+    "ServerError",
     "UnsupportedError",
 ]
 
@@ -75,6 +77,10 @@ class CalibrationError(InputError):
 
 class EngineError(InputError):
     """An engine file does not match its manifest or this machine, or TensorRT refused to build it."""
+
+
+class ServerError(InputError):
+    """An inference server cannot be reached, does not have the model ready, refuses a request or answers nonsense."""
 
 
 class BuildFolderError(InputError):

@@ -26,14 +26,23 @@ REPORTED = ("calibrator", "image_count", "skipped", "images_sha256", "graph_sha2
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Facts of an ONNX file, an engine (from its manifest), a calibration cache or a JSON report.
+    """Facts of an ONNX file, an engine (from its manifest), a calibration cache, a JSON report, or of a model in a
+    Triton repository by its ``config.pbtxt``, which is checked against the model's files.
 
     Raises:
-        InputError: the file is missing or of no known kind; ModelError, EngineError, CalibrationError: damaged.
+        InputError: the file is missing or of no known kind; ModelError, EngineError, CalibrationError,
+            BuildFolderError: damaged.
     """
     if not path.is_file():
-        raise InputError(f"the file {path} does not exist", expected="an .onnx, .engine, .cache or .json file")
-    kinds = {".onnx": _onnx, ".engine": _engine, ".plan": _engine, ".cache": _cache, ".json": _json}
+        raise InputError(f"the file {path} does not exist", expected="an .onnx, .engine, .cache, .json or .pbtxt file")
+    kinds = {
+        ".onnx": _onnx,
+        ".engine": _engine,
+        ".plan": _engine,
+        ".cache": _cache,
+        ".json": _json,
+        ".pbtxt": _triton,
+    }
     if path.suffix not in kinds:
         raise InputError(f"{path} is of no known kind", expected=", ".join(kinds), got=path.suffix or "no ending")
     return kinds[path.suffix](path)
@@ -155,6 +164,29 @@ def _cache(path: Path) -> dict[str, Any]:
         report = TypeAdapter(type(table.report)).dump_python(table.report, mode="json")
         facts["report"] = {key: report[key] for key in REPORTED}
     return facts
+
+
+def _triton(path: Path) -> dict[str, Any]:
+    from pipeline.serving.repository import check_model, versions
+
+    config = check_model(path.resolve().parent)
+    from tritonclient.grpc.model_config_pb2 import DataType  # check_model has said if it is missing
+
+    def tensors(said: Any) -> dict[str, str]:
+        return {one.name: f"{DataType.Name(one.data_type).removeprefix('TYPE_')} {list(one.dims)}" for one in said}
+
+    return {
+        "file": str(path),
+        "name": config.name,
+        "runs on": config.platform or config.backend,
+        "versions": versions(path.resolve().parent),
+        "largest batch": config.max_batch_size or "none: the sizes below are exact",
+        "inputs": tensors(config.input),
+        "outputs": tensors(config.output),
+        "instances": [group.count for group in config.instance_group],
+        "parameters": {key: value.string_value for key, value in sorted(config.parameters.items())},
+        "check": "fits the files",
+    }
 
 
 def _dotted(number: int) -> str:

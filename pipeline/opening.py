@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -12,6 +12,7 @@ import onnx
 from pipeline.artifacts import ModelCard, sha256_file
 from pipeline.backends.base import Runner
 from pipeline.backends.onnxruntime import emulate
+from pipeline.backends.remote import RemoteRunner, is_address
 from pipeline.config import Precision
 from pipeline.engines import load_engine, read_manifest
 from pipeline.errors import EngineError, ModelError
@@ -29,11 +30,13 @@ class Facts:
         card: preprocessing and classes.
         multiples: axis name, or its role (height, width), to the number that its sizes have to be multiples of.
         aligns_corners: whether it upsamples with align_corners, so that what it sees depends on the size it is fed.
+        sha256: of the file of a model that was opened.
     """
 
     card: ModelCard | None = None
     multiples: Mapping[str, int] = field(default_factory=dict)
     aligns_corners: bool = False
+    sha256: str = ""
 
 
 def read_facts(path: Path) -> Facts:
@@ -50,6 +53,16 @@ def read_facts(path: Path) -> Facts:
     return Facts(manifest.card, manifest.multiples, manifest.aligns_corners)
 
 
+def facts_of(runner: Runner) -> Facts:
+    """What a loaded model says: a served one what it was packaged with, any other nothing."""
+    if not isinstance(runner, RemoteRunner):
+        return Facts()
+    served = runner.served
+    if served is None:
+        return Facts(sha256=runner.sha256)
+    return Facts(served.card, served.multiples, served.aligns_corners, runner.sha256)
+
+
 def required_card(card: ModelCard | None, model: object) -> ModelCard:
     """The card; raises ModelError where the model has none."""
     if card is None:
@@ -61,22 +74,27 @@ def required_card(card: ModelCard | None, model: object) -> ModelCard:
     return card
 
 
-def open_model(path: Path, *, trust: bool = False) -> tuple[Runner, Facts]:
-    """Load an ``.onnx`` file on ONNX Runtime, or an engine after its manifest check.
+def open_model(path: Path | str, *, trust: bool = False) -> tuple[Runner, Facts]:
+    """Load an ``.onnx`` file on ONNX Runtime, or an engine after its manifest check; or connect to a served model.
 
     Args:
+        path: of the file, or ``grpc://HOST:PORT/MODEL[/VERSION]``, or ``http://``.
         trust: load an engine although its manifest is missing or does not match.
 
     Raises:
         ModelError, EngineError, UnsupportedError: as the two loaders.
+        ServerError: as ``RemoteRunner``.
     """
-    if path.suffix == ".onnx":
-        return emulate(path), read_facts(path)
-    runner = load_engine(path, trust=trust)
+    if is_address(path):
+        remote = RemoteRunner(str(path))
+        return remote, facts_of(remote)
+    path = Path(path)
+    runner: Runner = emulate(path) if path.suffix == ".onnx" else load_engine(path, trust=trust)
     try:
-        return runner, read_facts(path)
+        facts = read_facts(path)
     except EngineError:  # which load_engine has let pass
-        return runner, Facts()
+        facts = Facts()
+    return runner, replace(facts, sha256=sha256_file(path))
 
 
 def describe_candidate(path: Path) -> Candidate:

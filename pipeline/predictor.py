@@ -1,4 +1,4 @@
-"""Images in, label maps out, with an engine or an ONNX file: ``from pipeline import Predictor``."""
+"""Images in, label maps out, with an engine, an ONNX file or a served model: ``from pipeline import Predictor``."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from pipeline.data.preprocessing import (
 from pipeline.data.tiles import Span, padded, spans
 from pipeline.errors import ConfigError, ModelError, UnsupportedError
 from pipeline.graph.deployment import output_kind
-from pipeline.opening import Facts, open_model, read_facts, required_card
+from pipeline.opening import facts_of, open_model, read_facts, required_card
 
 log = logging.getLogger(__name__)
 
 # Of models that take any size: the longest side that is fed whole, and the side of tiles above it.
 WHOLE, TILE = 2048, 1024
-# Images that are fed at once where an engine's profile leaves it free and allows as many.
+# Images that are fed at once where an engine's profile or a server leaves it free and allows as many.
 BATCH = 8
 # Batches under way at a time: one is uploaded and one downloaded while a third is computed.
 STREAMS = 3
@@ -72,26 +72,30 @@ class Predictor(Closing):
     gives its inner part.
 
     Args:
-        model: an ``.onnx`` file, for ONNX Runtime; an engine, whose manifest is checked; or a loaded model, which is
-            closed with the predictor.
+        model: an ``.onnx`` file, for ONNX Runtime; an engine, whose manifest is checked;
+            ``grpc://HOST:PORT/MODEL[/VERSION]`` or ``http://`` for a model on an inference server; or a loaded model,
+            which is closed with the predictor.
         card: what to know of a model that does not say it: a ``ModelCard``, or an ONNX file, engine or manifest that
             holds one.
         trust: load an engine although its manifest is missing or does not match.
         batch: images, or tiles, that are fed at once; a fixed batch of the model's goes before. Default: what an
-            engine's profile allows, up to 8; 1 on ONNX Runtime.
+            engine's profile or a server allows, up to 8; 1 on ONNX Runtime.
         tile: longest side, in pixels, that a model of free sizes is fed; default: 2048 for whole images and 1024 for
             tiles of larger ones, or what an engine's profile allows.
         overlap: pixels that neighbouring tiles share; default: 128, or a quarter of a smaller tile.
         streams: batches that an engine works on at a time, each on a stream, an execution context and memory of its
-            own, which are made when they are first wanted; fewer where GPU memory does not suffice. Default: 3.
+            own, which are made when they are first wanted; fewer where GPU memory does not suffice. Or requests that
+            a server is sent at a time, each on a connection of its own. Default: 3.
 
     Attributes:
         card: names of classes, colours, preprocessing.
         batch: see above.
+        sha256: of the model's file; empty for a loaded model.
         streams: see above; 1 on ONNX Runtime.
 
     Raises:
         ModelError, EngineError, UnsupportedError: the model cannot be loaded, or is no segmentation network.
+        ServerError: the server cannot be reached, or does not have the model ready.
         ConfigError: impossible sizes.
     """
 
@@ -107,7 +111,7 @@ class Predictor(Closing):
         streams: int | None = None,
     ) -> None:
         given = card if isinstance(card, ModelCard) or card is None else read_facts(Path(card)).card
-        runner, facts = open_model(Path(model), trust=trust) if isinstance(model, (str, Path)) else (model, Facts())
+        runner, facts = open_model(model, trust=trust) if isinstance(model, (str, Path)) else (model, facts_of(model))
         try:
             if streams is not None and streams < 1:
                 raise ConfigError(f"{streams} streams", expected="1 or more")
@@ -129,6 +133,7 @@ class Predictor(Closing):
         except BaseException:
             runner.close()
             raise
+        self.sha256 = facts.sha256
         self._aligns_corners = facts.aligns_corners
         self._lanes = Lanes(runner, streams or STREAMS)
         self.streams = self._lanes.most
@@ -156,6 +161,7 @@ class Predictor(Closing):
             DataError: what is given is no image, or with ``resize: none`` none that the model takes.
             ModelError: the model fails, gives a class that its card does not name, or gives no probabilities.
             EngineError: the engine or the GPU fails, or the GPU is out of memory.
+            ServerError: the server refuses, does not answer in time, or answers nonsense.
             UnsupportedError: the computer is out of memory.
             ValueError: the predictor is closed.
         """

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pipeline.mixed.report import MixReport
     from pipeline.rivals import Built
     from pipeline.stages.mix import Timer
+    from pipeline.stages.package import Judged
     from pipeline.stages.report import Provenance
 
 log = logging.getLogger(__name__)
@@ -504,6 +505,19 @@ class Run:
                 got="; ".join(failed),
                 fix=f"look at {self.folder / 'report' / 'index.html'}, or at validate/<precision>/report.json",
             )
+
+    def judged(self, precision: Precision) -> Judged:
+        """What packages of one precision are made from.
+
+        Raises:
+            CheckFailed: it has not passed validation.
+        """
+        from pipeline.stages.package import Judged
+
+        engine, batch = self.engine(precision), self.config.engine.profile.get("batch")
+        self.verdict([precision])
+        report = self.folder / "validate" / precision / "report.json"
+        return Judged(self.card, precision, engine, self._cache(precision), report, batch.max if batch else None)
 
     def network_sha256(self) -> str:
         """What the network is made from: its factory with arguments and weights, or the ONNX file's content."""

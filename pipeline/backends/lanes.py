@@ -1,4 +1,4 @@
-"""Batches on their way through a model: several at a time where the model is an engine, each with memory of its own."""
+"""Batches on their way through a model: several at a time where it is an engine or served, each with its own memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import threading
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import TensorSpec
 from pipeline.backends import cuda
 from pipeline.backends.base import Runner
+from pipeline.backends.remote import RemoteRunner
 from pipeline.backends.runner import EngineRunner
 from pipeline.errors import PipelineError
 
@@ -75,6 +77,26 @@ class HostLane:
 
     def close(self) -> None:
         self._runner.close()
+
+
+class RemoteLane(HostLane):
+    """A connection to an inference server; closed with it."""
+
+    def __init__(self, runner: RemoteRunner) -> None:
+        super().__init__(runner)
+        self._remote = runner
+        self._answer: Future[dict[str, NDArray[Any]]] | None = None
+
+    def start(self) -> None:
+        self._answer = self._remote.submit({self._source.name: self._batch})
+
+    def finish(self) -> NDArray[Any]:
+        assert self._answer is not None
+        return self._answer.result()[self._result.name]
+
+    def settle(self) -> None:
+        if self._answer is not None:
+            wait([self._answer])
 
 
 class EngineLane:
@@ -162,7 +184,7 @@ class Lanes:
 
     Args:
         runner: of one input and one output; closed with the lanes.
-        most: lanes of an engine. Other models have one.
+        most: lanes of an engine or a served model. Other models have one.
 
     Attributes:
         most: lanes there will be, fewer than wanted once the GPU's memory has not sufficed.
@@ -172,8 +194,8 @@ class Lanes:
         self._changed = threading.Condition()
         self._runner = runner
         self._is_open = True
-        self._free: list[Lane] = [EngineLane(runner) if isinstance(runner, EngineRunner) else HostLane(runner)]
-        self._count, self.most = 1, most if isinstance(runner, EngineRunner) else 1
+        self._free: list[Lane] = [_lane(runner)]
+        self._count, self.most = 1, most if isinstance(runner, (EngineRunner, RemoteRunner)) else 1
 
     def take(self, *, wait: bool) -> Lane | None:
         """A lane, until it is given back; None where all are lent and the thread does not want to wait.
@@ -215,10 +237,16 @@ class Lanes:
                 stack.callback(lane.close)
 
     def _add(self) -> None:
-        assert isinstance(self._runner, EngineRunner)
+        assert isinstance(self._runner, (EngineRunner, RemoteRunner))
         try:
-            self._free.append(EngineLane(self._runner.twin()))
+            self._free.append(_lane(self._runner.twin()))
             self._count += 1
         except PipelineError as error:
             self.most = self._count
             log.info("no more than %d batches at a time: %s", self._count, error.problem)
+
+
+def _lane(runner: Runner) -> Lane:
+    if isinstance(runner, EngineRunner):
+        return EngineLane(runner)
+    return RemoteLane(runner) if isinstance(runner, RemoteRunner) else HostLane(runner)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 
 from pipeline.artifacts import TensorSpec
 from pipeline.backends.base import Arrays, Capabilities, check_feeds
@@ -98,17 +98,21 @@ class OnnxRuntimeRunner(Closing):
 
 
 def emulate(typed: Path) -> OnnxRuntimeRunner:
-    """A typed graph (or any other ONNX file) on ONNX Runtime.
+    """A typed graph (or any other ONNX file) on ONNX Runtime, as ``emulation`` has it."""
+    model = emulation(typed)
+    return OnnxRuntimeRunner(typed if model is None else model.SerializeToString())
 
-    QuantizeLinear rounds as the standard says, and FP16 overflows as on a GPU.
-    """
+
+def emulation(typed: Path) -> ModelProto | None:
+    """The graph whose QuantizeLinear rounds as the standard says, and whose FP16 overflows as on a GPU, where ONNX
+    Runtime's CPU provider runs it; None where the file is that already."""
     model = load_model(typed)
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
     if not (quantized or half):
-        return OnnxRuntimeRunner(typed)
+        return None
     rounded = exactly_rounded(model) if quantized else model
-    return OnnxRuntimeRunner((overflowing(rounded) if half else rounded).SerializeToString())
+    return overflowing(rounded) if half else rounded
 
 
 def _spec(node: Any) -> TensorSpec:
