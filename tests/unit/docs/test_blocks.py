@@ -48,7 +48,7 @@ BESIDES = {
     "engine": ["precision", "output"],
     "validate": ["engine", "images"],
 }
-SHELL = {".", "[", "cat", "cd", "export", "fi", "mkdir"}
+SHELL = {".", "[", "cat", "cd", "export", "fi", "mkdir", "sha256sum", "unzip", "$triton/bin/tritonserver"}
 # What may stand before a command.
 BEFORE = re.compile(r"\w+=.*|if|then")
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
