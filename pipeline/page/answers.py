@@ -55,7 +55,7 @@ def answer(
         layers: tensor by tensor against FP32; only what was compared.
     """
     fastest = _fastest(validations, benchmark)
-    steps = tuple(_steps(validations, benchmark, layers, calibration, fastest))
+    steps = tuple(_steps(validations, layers, calibration, fastest))
     verdict = benchmark.verdict if benchmark else None
     return Answers(
         good=all(report.passed for report in validations.values()) if validations else None,
@@ -126,7 +126,6 @@ def _why(
 
 def _steps(
     validations: Mapping[Precision, ValidationReport],
-    benchmark: BenchmarkReport | None,
     layers: Mapping[Precision, DriftReport],
     calibration: CalibrationReport | None,
     fastest: Precision | None,
@@ -140,11 +139,6 @@ def _steps(
             f"Run {_listed(emulated)} on a machine with a GPU and TensorRT: here the graphs were emulated, not timed."
         )
         yield Step(text, "unet-trt run -c CONFIG --backend tensorrt")
-    verdict = benchmark.verdict if benchmark else None
-    if verdict and verdict.worthwhile is False:
-        yield Step(
-            "INT8 is not worth it as it stands: quantize pools and concatenations too.", _set("engine.qdq=shared")
-        )
     if fastest:
         yield Step(
             f"Use the {fastest.upper()} engine: the fastest that keeps its budgets.",

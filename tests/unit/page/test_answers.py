@@ -75,7 +75,6 @@ def test_a_failure_comes_first() -> None:
     assert [step.command for step in told.steps] == [
         """unet-trt run -c CONFIG --set 'engine.exclude=["node"]'""",
         "unet-trt run -c CONFIG --set 'calibrate.algorithm=auto'",
-        "unet-trt run -c CONFIG --set 'engine.qdq=shared'",
         "unet-trt predict BUILD/engine/fp16/model.engine IMAGES -o masks/",
         "unet-trt validate -c CONFIG -p fp16 --layers && unet-trt report -c CONFIG",
     ]
