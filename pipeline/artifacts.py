@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import field
@@ -178,6 +179,11 @@ def from_json(kind: type[T], path: Path) -> T:
     return value
 
 
+def process_name() -> str:
+    """This process among those of all machines that share a folder; without dots."""
+    return f"{platform.node().replace('.', '-')}-{os.getpid()}"
+
+
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write beside the target, fsync, replace: readers see the old file or the whole new one.
 
@@ -187,7 +193,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     Raises:
         BuildFolderError: the folder is missing, unwritable or full; the target is as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{process_name()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -210,8 +216,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Raises:
         BuildFolderError: the folder above is unwritable or full; the target is as it was.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    partial = target.with_name(f".{target.name}.{process_name()}.partial")
+    old = target.with_name(f".{target.name}.{process_name()}.old")
     with _writing(target):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -298,7 +304,7 @@ def workshop(target: Path) -> Iterator[Path]:
         if _locked(handle, target.parent):
             for left in target.parent.glob(f".{target.name}.*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
-        made = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        made = target.with_name(f".{target.name}.{process_name()}.partial")
         made.mkdir()
         stack.callback(shutil.rmtree, made, ignore_errors=True)
         yield made

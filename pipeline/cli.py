@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import logging
 import sys
@@ -24,11 +26,15 @@ from pipeline.printing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from pipeline.backends.base import Runner
     from pipeline.backends.remote import RemoteRunner
     from pipeline.config import Config, Precision
+    from pipeline.fleet import Fleet
+    from pipeline.gpu_engines import GpuEngines
     from pipeline.run import Run
+    from pipeline.stages.predict import Masks
 
 log = logging.getLogger("pipeline")
 app = typer.Typer(
@@ -60,6 +66,15 @@ RequireSpeedupOption = Annotated[
     bool, typer.Option("--require-speedup", help="Fail where INT8 is not surely faster than FP16.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+DistributedOption = Annotated[
+    bool, typer.Option("--distributed", help="On Ray: all cores and GPUs of this machine, or of --address's cluster.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="HOST:PORT of a running Ray cluster, or auto; with --distributed.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="Processes with a core each, with --distributed.", show_default="all cores")
+]
 BUILD = Path("build")
 PROFILE_SIZES = ("min", "opt", "max")
 
@@ -245,6 +260,9 @@ def calibrate(
         typer.Option(help="auto: gpu where that is possible, otherwise cpu.", show_default="auto"),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that cannot be decoded.")] = False,
+    distributed: DistributedOption = False,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
     config: ConfigOption = None,
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
@@ -266,19 +284,20 @@ def calibrate(
     }
     if model is None:
         chosen = [*(overrides or []), *(f"calibrate.{key}={value}" for key, value in given.items())]
-        with _run(_load(config, chosen), build_dir, force) as work:
+        settings = _load(config, chosen)
+        with _fleet(distributed, address, workers) as fleet, _run(settings, build_dir, force, fleet) as work:
             target = work.calibrate()
         result = from_json(CalibrationReport, target.with_name("report.json"))
     else:
         _without_config(model, config, overrides)
         card = _card_of(model)
-        dataset = image_folder(_required(images, "--images DIR"), card.preprocessing.channels)
+        dataset = image_folder(_required(images, "--images DIR").absolute(), card.preprocessing.channels)
         inputs = [*model_files(model), *itertools.chain.from_iterable(dataset.files.values())]
         target = _own_file(_required(output, "-o calibration.cache"), inputs)
-        settings = _section(CalibrateConfig, {**given, "images": len(dataset)})
-        result = calibrate_file(
-            model, dataset, settings, card.preprocessing, target, target.with_name(f"{target.name}.json")
-        )
+        section = _section(CalibrateConfig, {**given, "images": len(dataset)})
+        report = target.with_name(f"{target.name}.json")
+        with _fleet(distributed, address, workers) as fleet:
+            result = calibrate_file(model.absolute(), dataset, section, card.preprocessing, target, report, fleet=fleet)
     if json:
         print_json(result)
         return
@@ -362,13 +381,16 @@ def validate(
     layers: Annotated[
         bool, typer.Option("--layers", help="Compare every tensor along the network instead of the masks.")
     ] = False,
+    distributed: DistributedOption = False,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
     json: JsonOption = False,
 ) -> None:
     """Judge precisions against FP32 on ONNX Runtime, and against labels."""
     if model is None:
         settings = _load(config, overrides, backend)
         precisions = _precisions(settings, precision)
-        with _run(settings, build_dir, force) as work:
+        with _fleet(distributed, address, workers) as fleet, _run(settings, build_dir, force, fleet) as work:
             if layers:
                 print_drift({each: work.layers(each) for each in precisions}, json)
                 return
@@ -383,7 +405,8 @@ def validate(
         raise ConfigError("--layers needs a configuration", expected="-c CONFIG", got=str(model))
     _without_config(model, config, overrides)
     candidate = _required(engine, "--engine FILE")
-    _validate_files(model, candidate, _required(images, "--images DIR"), labels, output, json)
+    with _fleet(distributed, address, workers) as fleet:
+        _validate_files(model, candidate, _required(images, "--images DIR"), labels, output, json, fleet)
 
 
 @app.command()
@@ -604,6 +627,17 @@ def predict(
     timeout: Annotated[
         float | None, typer.Option(help="Seconds that a request to the server may take.", show_default="60")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("-p", "--precision", help="Of an engine of MODEL.onnx for the GPU there is, built on first use."),
+    ] = None,
+    calibration_cache: Annotated[Path | None, typer.Option(help="TensorRT calibration cache, for -p int8.")] = None,
+    engines: Annotated[
+        Path | None, typer.Option(help="Folder that keeps engines of -p.", show_default="engines beside MODEL.onnx")
+    ] = None,
+    distributed: DistributedOption = False,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Images in, masks out."""
     from pipeline.errors import ConfigError, DataError
@@ -611,12 +645,27 @@ def predict(
     from pipeline.stages.predict import Wanted
     from pipeline.stages.predict import predict as predict_images
 
-    wanted = Wanted(output, overwrite, resume, overlays, probabilities)
     if timeout is not None and server is None:
         raise ConfigError("--timeout belongs to --server", fix="leave it out, or add --server")
+    if server is not None and (distributed or precision):
+        raise ConfigError("--server has workers and engines of its own", fix="leave --distributed and -p out")
+    if distributed:  # workers may have another working folder
+        model, output, card = model.absolute(), output.absolute(), card and card.absolute()
+        inputs = [str(Path(one).absolute()) for one in inputs]
+    options: dict[str, Any] = {"trust": trust, "batch": batch, "tile": tile, "overlap": overlap, "streams": streams}
     source = model if server is None else _served(server, model, timeout)
-    with Predictor(source, card, trust=trust, batch=batch, tile=tile, overlap=overlap, streams=streams) as predictor:
-        outcome = predict_images(predictor, predictor.sha256, inputs, wanted)
+    opens, identity = functools.partial(Predictor, source, card, **options), ""
+    if precision is not None:
+        kept = _gpu_engines(model, precision, calibration_cache, engines)
+        opens, identity = functools.partial(kept.predictor, card, **options), kept.identity
+    wanted = Wanted(output, overwrite, resume, overlays, probabilities)
+    with _fleet(distributed, address, workers) as fleet, contextlib.ExitStack() as stack:
+        on_cpu = precision is None and model.suffix == ".onnx"
+        if fleet is not None and not on_cpu:
+            predictor: Masks = stack.enter_context(fleet.host_predictor(opens))
+        else:
+            predictor = stack.enter_context(opens())
+        outcome = predict_images(predictor, identity or predictor.sha256, inputs, wanted, fleet)
     earlier = f", {outcome.already} done before" if outcome.already else ""
     print(f"{outcome.done} mask(s) in {output}{earlier}")
     if outcome.failed:
@@ -661,10 +710,44 @@ def _load(
     return load_config(_required(config, "-c CONFIG"), [*(overrides or []), *extra])
 
 
-def _run(config: Config, build: Path, force: bool) -> Run:
+def _run(config: Config, build: Path, force: bool, fleet: Fleet | None = None) -> Run:
     from pipeline.run import Run
 
-    return Run(config, build, force=force)
+    return Run(config, build.absolute() if fleet else build, force=force, fleet=fleet)
+
+
+@contextlib.contextmanager
+def _fleet(distributed: bool, address: str | None, workers: int | None) -> Iterator[Fleet | None]:
+    """Ray's workers where they are asked for."""
+    if distributed:
+        from pipeline.fleet import Fleet
+
+        with Fleet(address, workers=workers) as fleet:
+            yield fleet
+        return
+    if address is not None or workers is not None:
+        from pipeline.errors import ConfigError
+
+        raise ConfigError(
+            f"--{'workers' if address is None else 'address'} is for a run on Ray", fix="add --distributed"
+        )
+    yield None
+
+
+def _gpu_engines(model: Path, precision: str, cache: Path | None, folder: Path | None) -> GpuEngines:
+    from pipeline.config import EngineConfig
+    from pipeline.errors import ConfigError
+    from pipeline.gpu_engines import GpuEngines
+
+    chosen = _precision(precision)
+    if model.suffix != ".onnx" or chosen == "mixed":
+        raise ConfigError(
+            f"-p {precision} builds no engine of {model}",
+            expected="-p fp32, fp16 or int8 of a clean ONNX file",
+            fix="leave -p out for an engine, which has a precision",
+        )
+    kept = (folder or model.parent / "engines").absolute()
+    return GpuEngines(model.absolute(), chosen, EngineConfig(), cache and cache.absolute(), kept)
 
 
 def _precision(name: str) -> Precision:
@@ -738,7 +821,9 @@ def _card_of(model: Path) -> Any:
     return required_card(read_facts(model).card, model)
 
 
-def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None, output: Path, json: bool) -> None:
+def _validate_files(
+    model: Path, engine: Path, images: Path, labels: Path | None, output: Path, json: bool, fleet: Fleet | None
+) -> None:
     from pipeline.artifacts import replaced_folder
     from pipeline.backends.onnxruntime import OnnxRuntimeRunner
     from pipeline.config import ValidateConfig
@@ -750,8 +835,12 @@ def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None
 
     output = _own_folder(output, [model, engine, images, *([labels] if labels else [])])
     card = _card_of(model)
-    dataset = image_folder(images, card.preprocessing.channels, labels, card)
-    candidate, _ = open_model(engine)
+    dataset = image_folder(images.absolute(), card.preprocessing.channels, labels and labels.absolute(), card)
+    model, engine = model.absolute(), engine.absolute()
+    if fleet is not None and engine.suffix != ".onnx":
+        candidate: Runner = fleet.host_runner(lambda: open_model(engine)[0])
+    else:
+        candidate, _ = open_model(engine)
     with OnnxRuntimeRunner(model) as reference, candidate, replaced_folder(output) as folder:
         verdict = judge(
             reference,
@@ -762,6 +851,7 @@ def _validate_files(model: Path, engine: Path, images: Path, labels: Path | None
             ValidateConfig(),
             folder,
             str(model.resolve()),
+            fleet,
         )
     if json:
         print_json(verdict)

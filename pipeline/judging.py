@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from pipeline.graph.deployment import Output
 from pipeline.metrics.bootstrap import interval, resampled_sums
 from pipeline.metrics.boundary import Outlines, beside, outlines, tolerance_pixels
 from pipeline.metrics.masks import MaskFigures, MaskTally
-from pipeline.metrics.outputs import Quantiles, margins
+from pipeline.metrics.outputs import Filled, Quantiles, margins
 from pipeline.metrics.segmentation import Figures
 from pipeline.reports import (
     Candidate,
@@ -32,7 +33,17 @@ from pipeline.reports import (
     Scores,
     ValidationReport,
 )
-from pipeline.values import OFFENDERS, Arrays, ValueTally, check_outputs, finite, image_of, worst_images
+from pipeline.values import (
+    OFFENDERS,
+    Arrays,
+    MeasuredValues,
+    ValueTally,
+    check_outputs,
+    finite,
+    image_of,
+    measured_values,
+    worst_images,
+)
 
 # atol of probabilities, 0…1, where the config names no tolerance: that of logits would let anything pass.
 PROBABILITY_ATOL: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.02, "mixed": 0.02}
@@ -48,8 +59,41 @@ def tolerance_of(config: ValidateConfig, precision: Precision, kind: Output) -> 
     return tolerance
 
 
+Side = Literal["reference", "candidate"]
+SIDES: tuple[Side, Side] = ("reference", "candidate")
+Row = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MeasuredFlips:
+    """Pixels of one image whose class differs: all, such ones, near-ties, margins by bin, the largest."""
+
+    pixels: int
+    flipped: int
+    near_ties: int
+    margins: Filled
+    largest: float
+
+
+@dataclass(frozen=True)
+class MeasuredImage:
+    """What there is to count of one image; its size does not grow with the image's.
+
+    Attributes:
+        agreement: the row of ``MaskTally`` for both masks.
+        labelled: the rows of both sides against the label; None without a labelled pixel.
+        values, flips: None where only masks are compared.
+    """
+
+    name: str
+    agreement: Row
+    labelled: dict[Side, Row] | None
+    values: MeasuredValues | None
+    flips: MeasuredFlips | None
+
+
 class Judge:
-    """Sums over the images; nothing that grows with their size is kept.
+    """Measures images, each for itself, and sums up what was measured; nothing that grows with their size is kept.
 
     Args:
         card: classes, preprocessing.
@@ -62,7 +106,7 @@ class Judge:
         self.categories = list(dict.fromkeys(c.category for c in card.classes if c.category is not None))
         groups = [self.categories.index(c.category) for c in card.classes if c.category is not None]
         self.agreement = MaskTally(len(card.classes))
-        self.labelled = {side: MaskTally(len(card.classes), groups) for side in ("reference", "candidate")}
+        self.labelled = {side: MaskTally(len(card.classes), groups) for side in SIDES}
         self.names: list[str] = []
         self.labelled_images: list[str] = []
         self.values = ValueTally()
@@ -81,8 +125,10 @@ class Judge:
                 fix=f"name the label maps (data.validation.labels), or set {', '.join(budgets)} to null",
             )
 
-    def add(self, sample: Sample, ours: Arrays, theirs: Arrays, within: bool | None) -> Pixels:
-        """Count one image; returns the candidate's mask at the image's size.
+    def measure(
+        self, sample: Sample, ours: Arrays, theirs: Arrays, within: bool | None
+    ) -> tuple[MeasuredImage, Pixels]:
+        """What there is to count of one image, and the candidate's mask at the image's size. Counts nothing.
 
         Args:
             ours, theirs: the candidate's and the reference's outputs by name; the latter's first one gives the masks.
@@ -97,7 +143,9 @@ class Judge:
         classes = len(self.card.classes)
         pixels = tolerance_pixels(size[0], size[1], self.config.boundary_tolerance)
         # Two threads: the longest work is handed out first, and the label's outlines wait for no mask.
-        counting = None if within is None else self.pool.submit(self.values.add, sample.name, ours, theirs, within)
+        measuring = (
+            None if within is None else self.pool.submit(measured_values, sample.name, ours, theirs, bool(within))
+        )
         masks = [self.pool.submit(class_ids, outputs[main], classes) for outputs in (theirs, ours)]
         true = None
         if sample.label is not None:
@@ -106,27 +154,42 @@ class Judge:
         small = [mask.result() for mask in masks]
         reference, candidate = (restore_mask(mask, self.card.preprocessing, *size) for mask in small)
         lines = [self.pool.submit(outlines, mask, classes, pixels) for mask in (reference, candidate)]
-        if counting is not None:
-            first = counting.result()
-            self.flips.add(sample.name, theirs[main][0], small[0] != small[1], first.high - first.low)
+        values = flips = None
+        if measuring is not None:
+            values = measuring.result()
+            span = values.first.high - values.first.low
+            flips = self.flips.measure(theirs[main][0], small[0] != small[1], span)
         theirs_lines, our_lines = (each.result() for each in lines)
-        self._count_masks(sample, (reference, candidate), (theirs_lines, our_lines), true.result() if true else None)
-        return candidate
+        rows = self._rows(sample, (reference, candidate), (theirs_lines, our_lines), true.result() if true else None)
+        return MeasuredImage(sample.name, *rows, values, flips), candidate
 
-    def _count_masks(
+    def _rows(
         self, sample: Sample, masks: tuple[Pixels, Pixels], lines: tuple[Outlines, Outlines], true: Outlines | None
-    ) -> None:
-        """Compare the reference's mask and the candidate's with each other, and both with the label."""
-        added = [self.pool.submit(self.agreement.add, *masks, lines)]
-        self.names.append(sample.name)
+    ) -> tuple[Row, dict[Side, Row] | None]:
+        """The reference's mask and the candidate's against each other, and both against the label."""
+        agreement = self.pool.submit(self.agreement.measure, *masks, lines)
         void = None if sample.label is None else sample.label >= len(self.card.classes)
-        if sample.label is not None and true is not None and void is not None and not void.all():
-            ignored = beside(void) if void.any() else None
-            for side, mask, line in zip(("reference", "candidate"), masks, lines, strict=True):
-                added.append(self.pool.submit(self.labelled[side].add, sample.label, mask, (true, line), ignored))
-            self.labelled_images.append(sample.name)
-        for each in added:
-            each.result()
+        if sample.label is None or true is None or void is None or void.all():
+            return agreement.result(), None
+        ignored = beside(void) if void.any() else None
+        labelled = {
+            side: self.pool.submit(self.labelled[side].measure, sample.label, mask, (true, line), ignored)
+            for side, mask, line in zip(SIDES, masks, lines, strict=True)
+        }
+        return agreement.result(), {side: row.result() for side, row in labelled.items()}
+
+    def count(self, measured: MeasuredImage) -> None:
+        """Count one image; the order of images decides the last bits of the figures."""
+        self.names.append(measured.name)
+        self.agreement.rows.append(measured.agreement)
+        if measured.labelled is not None:
+            self.labelled_images.append(measured.name)
+            for side, row in measured.labelled.items():
+                self.labelled[side].rows.append(row)
+        if measured.values is not None:
+            self.values.count(measured.values)
+        if measured.flips is not None:
+            self.flips.count(measured.name, measured.flips)
 
     # ------------------------------------------------------------------ the report
 
@@ -306,8 +369,8 @@ class _FlipTally:
         self.margins, self.largest = Quantiles(), 0.0
         self.clear: dict[str, float] = {}
 
-    def add(self, image: str, scores: NDArray[Any], flipped: NDArray[np.bool_], span: float) -> None:
-        """Count one image.
+    def measure(self, scores: NDArray[Any], flipped: NDArray[np.bool_], span: float) -> MeasuredFlips:
+        """One image.
 
         Args:
             scores: the reference's, (classes, H, W).
@@ -316,13 +379,16 @@ class _FlipTally:
         """
         shares = margins(scores, flipped) / max(span, TINY)
         ties = int((shares < self.near_tie).sum())
-        self.pixels += flipped.size
-        self.flipped += shares.size
-        self.near_ties += ties
-        self.clear[image] = shares.size - ties
-        if shares.size:
-            self.margins.add(shares)
-            self.largest = float(np.maximum(self.largest, shares.max()))
+        largest = float(shares.max()) if shares.size else 0.0
+        return MeasuredFlips(flipped.size, shares.size, ties, Quantiles.filled(shares), largest)
+
+    def count(self, image: str, measured: MeasuredFlips) -> None:
+        self.pixels += measured.pixels
+        self.flipped += measured.flipped
+        self.near_ties += measured.near_ties
+        self.clear[image] = measured.flipped - measured.near_ties
+        self.margins.count(measured.margins)
+        self.largest = float(np.maximum(self.largest, measured.largest))
 
     def result(self) -> Flips:
         worst = next(iter(worst_images(self.clear)), None)

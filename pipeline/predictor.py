@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,15 @@ class Prediction:
     probabilities: Floats | None = None
 
 
-def _in_memory(_: int, shape: tuple[int, int, int]) -> Floats:
+def in_memory(_: int, shape: tuple[int, int, int]) -> Floats:
+    """Memory for probabilities; as ``allocate`` of ``Predictor.predict``."""
     return np.empty(shape, np.float32)
 
 
 class Predictor(Closing):
     """A model that is ready for images; a context manager, and safe to use from several threads.
+
+    Pickled, it opens its model's file anew where it is unpickled.
 
     Images are preprocessed as in training, as the model's card says, and what comes out is of their own size again.
     With ``resize: none``, an image smaller than the network's input is continued by its reflection, and a larger one
@@ -110,6 +114,9 @@ class Predictor(Closing):
         overlap: int | None = None,
         streams: int | None = None,
     ) -> None:
+        self._again = partial(
+            Predictor, model, card, trust=trust, batch=batch, tile=tile, overlap=overlap, streams=streams
+        )
         given = card if isinstance(card, ModelCard) or card is None else read_facts(Path(card)).card
         runner, facts = open_model(model, trust=trust) if isinstance(model, (str, Path)) else (model, facts_of(model))
         try:
@@ -138,6 +145,9 @@ class Predictor(Closing):
         self._lanes = Lanes(runner, streams or STREAMS)
         self.streams = self._lanes.most
 
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return self._again, ()
+
     def __call__(self, image: Any) -> Pixels:
         """Class ids, uint8 (H, W), of one image; see ``predict``."""
         return self.predict([image])[0].labels
@@ -147,7 +157,7 @@ class Predictor(Closing):
         images: Sequence[Any],
         *,
         probabilities: bool = False,
-        allocate: Allocate = lambda _, shape: np.empty(shape, np.float32),
+        allocate: Allocate = in_memory,
     ) -> list[Prediction]:
         """Predict images of any sizes; those that the network sees at one size share batches.
 

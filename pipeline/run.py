@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pipeline.calibration.table import CalibrationTable
     from pipeline.data.dataset import Sample
     from pipeline.drift import DriftReport
+    from pipeline.fleet import Fleet
     from pipeline.graph.levels import Block
     from pipeline.mixed.report import MixReport
     from pipeline.rivals import Built
@@ -60,10 +61,12 @@ class Run:
         config: with its overrides applied.
         build: the folder above ``<config>/``.
         force: make every stage anew.
+        fleet: calibrate and validate there; what they give is the same, and so reused either way.
     """
 
-    def __init__(self, config: Config, build: Path, *, force: bool = False) -> None:
+    def __init__(self, config: Config, build: Path, *, force: bool = False, fleet: Fleet | None = None) -> None:
         self.config = config
+        self._fleet = fleet
         self.folder = build / config.name
         data = config.data
         self.card = ModelCard(
@@ -151,6 +154,7 @@ class Run:
                     folder / REPORT_FILE,
                     validation=content_hashes(validation),
                     engine=self.config.engine,
+                    fleet=self._fleet,
                 ),
                 config=[config, self.config.preprocessing, *self._judged_by()],
                 parents={
@@ -245,10 +249,13 @@ class Run:
         from pipeline.stages.validate import validate
 
         cleaned, engine, dataset = self.clean(), self.engine(precision), self._validation()
-        what, open_candidate = self._candidate(precision, engine)
+        what, opens = self._candidate(precision, engine)
+
+        def opened() -> AbstractContextManager[Runner]:
+            return opens() if self._fleet is None or what.emulated else self._fleet.host_runner(opens)
 
         def make(folder: Path) -> None:
-            with OnnxRuntimeRunner(cleaned) as reference, open_candidate() as candidate:
+            with OnnxRuntimeRunner(cleaned) as reference, opened() as candidate:
                 validate(
                     reference,
                     candidate,
@@ -258,6 +265,7 @@ class Run:
                     self.config.validate_,
                     folder,
                     "../../clean/model.onnx",
+                    self._fleet,
                 )
 
         target = self._kept.stage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.config import Precision, Tolerance, ValidateConfig
 from pipeline.data.dataset import Sample
 from pipeline.errors import ModelError
-from pipeline.metrics.outputs import ImageErrors, OutputTally
+from pipeline.metrics.outputs import ImageErrors, ImageSums, OutputTally, measure
 from pipeline.reports import Candidate, Check, ImageResult, Offender, OutputErrors, ValidationReport
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -21,6 +22,30 @@ OFFENDERS = 3
 NOT_FINITE = "outputs are finite (values that are not)"
 # Of signal to error, where there is hardly any error, or none.
 MOST_DB = 200.0
+
+
+@dataclass(frozen=True)
+class MeasuredValues:
+    """One image's output values against the reference's.
+
+    Attributes:
+        sums: by output's name, in the reference's order.
+        within: whether Polygraphy finds every output within the tolerance.
+    """
+
+    image: str
+    sums: dict[str, ImageSums]
+    within: bool
+
+    @property
+    def first(self) -> ImageErrors:
+        """Of the first output."""
+        return next(iter(self.sums.values())).errors
+
+
+def measured_values(image: str, ours: Arrays, theirs: Arrays, within: bool) -> MeasuredValues:
+    """Compare every output of an image."""
+    return MeasuredValues(image, {name: measure(ours[name], wanted) for name, wanted in theirs.items()}, within)
 
 
 class ValueTally:
@@ -37,13 +62,12 @@ class ValueTally:
         self.errors: dict[str, dict[str, ImageErrors]] = {}
         self.within: dict[str, bool] = {}
 
-    def add(self, image: str, ours: Arrays, theirs: Arrays, within: bool) -> ImageErrors:
-        """Compare every output of an image; returns the first one's errors."""
-        for name, wanted in theirs.items():
-            tally = self.outputs.setdefault(name, OutputTally())
-            self.errors.setdefault(name, {})[image] = tally.add(ours[name], wanted)
-        self.within[image] = within
-        return self.errors[next(iter(theirs))][image]
+    def count(self, measured: MeasuredValues) -> None:
+        """Count what was measured of an image."""
+        for name, sums in measured.sums.items():
+            self.outputs.setdefault(name, OutputTally()).count_in(sums)
+            self.errors.setdefault(name, {})[measured.image] = sums.errors
+        self.within[measured.image] = measured.within
 
     @property
     def first(self) -> OutputTally | None:
@@ -126,8 +150,8 @@ class TensorJudge:
     def require_labels(self, labelled: bool) -> None:
         """Nothing needs labels here."""
 
-    def add(self, sample: Sample, ours: Arrays, theirs: Arrays, within: bool | None) -> None:
-        """Count one image; there is no mask of it.
+    def measure(self, sample: Sample, ours: Arrays, theirs: Arrays, within: bool | None) -> tuple[MeasuredValues, None]:
+        """What there is to count of one image; there is no mask of it.
 
         Args:
             ours, theirs: the candidate's and the reference's outputs by name.
@@ -137,7 +161,11 @@ class TensorJudge:
             ModelError: other outputs or shapes than the reference's.
         """
         check_outputs(ours, theirs)
-        self.values.add(sample.name, ours, theirs, bool(within))
+        return measured_values(sample.name, ours, theirs, bool(within)), None
+
+    def count(self, measured: MeasuredValues) -> None:
+        """Count one image; the order of images decides the last bits of the figures."""
+        self.values.count(measured)
 
     def report(
         self, what: Candidate, repeat: tuple[str, ...], pictures: tuple[str, ...], started: float

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ class OnnxRuntimeRunner(Closing):
     """An ONNX graph on ONNX Runtime, on its CPU provider unless told otherwise.
 
     Q/DQ pairs are executed as written, in floating point, never fused into integer kernels: the result is the
-    quantized network's exactly rounded arithmetic, the same on every CPU.
+    quantized network's exactly rounded arithmetic, the same on every CPU. Results do not depend on the number of
+    threads: all cores, or as many as ``OMP_NUM_THREADS`` says. Pickled, it is opened anew.
 
     Args:
         model: path or serialized bytes.
@@ -64,9 +67,11 @@ class OnnxRuntimeRunner(Closing):
     def __init__(
         self, model: Path | bytes, *, optimize: bool = True, arena: bool = True, providers: Sequence[Any] = (CPU,)
     ) -> None:
+        self._again = partial(OnnxRuntimeRunner, model, optimize=optimize, arena=arena, providers=tuple(providers))
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # which workers of a fleet set
         options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -92,6 +97,9 @@ class OnnxRuntimeRunner(Closing):
             raise ModelError(
                 f"ONNX Runtime cannot run the graph: {error}", got=f"inputs {shapes}", fix="check the input sizes"
             ) from error
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return self._again, ()
 
     def close(self) -> None:
         del self.session

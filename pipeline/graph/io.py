@@ -17,7 +17,7 @@ from onnx import StringStringEntryProto, TensorProto
 from onnx.numpy_helper import from_array, to_array
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.artifacts import ModelCard, TensorSpec, sha256_file, sha256_json
+from pipeline.artifacts import ModelCard, TensorSpec, process_name, sha256_file, sha256_json
 from pipeline.errors import BuildFolderError, ModelError
 
 CARD_KEY = "unet_trt.card"
@@ -118,7 +118,7 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         BuildFolderError: the folder is missing, unwritable or full, here or within the block.
     """
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    folder = target.with_name(f".{target.name}.{process_name()}.partial")
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -63,7 +63,17 @@ class MaskTally:
         outlines: tuple[Outlines, Outlines],
         ignored: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Count one image.
+        """Measure one image and count it."""
+        self.rows.append(self.measure(reference, prediction, outlines, ignored))
+
+    def measure(
+        self,
+        reference: NDArray[np.integer],
+        prediction: NDArray[np.integer],
+        outlines: tuple[Outlines, Outlines],
+        ignored: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.float64]:
+        """The row of one image, float64 (k,).
 
         Args:
             reference: class ids (H, W); others are void.
@@ -76,7 +86,7 @@ class MaskTally:
         known = ~np.isnan(f)
         grouped = overlaps(merge(confusion, self.groups)) if self.groups else np.zeros((3, 0), np.int64)
         parts = (overlaps(confusion), grouped, np.stack([np.where(known, f, 0), known]))
-        self.rows.append(np.concatenate([part.ravel() for part in parts], dtype=np.float64))
+        return np.concatenate([part.ravel() for part in parts], dtype=np.float64)
 
     def sums(self) -> NDArray[np.float64]:
         """What adds up over images, float64 (images, k); ``figures`` reads any sum of rows, and each row alone."""

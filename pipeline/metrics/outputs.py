@@ -17,6 +17,11 @@ BLOCK, PIXELS = 1 << 17, 1 << 15
 SAMPLES = 1 << 17
 # Bits of a float32 without its last 16: 15 bits without the sign, neighbours at most 1/128 apart.
 CUT, BINS = 16, 1 << 15
+# Values of one call of BLAS: from 10000 on it may use threads, and the last bits of a sum depend on how many.
+PIECE = 1 << 13
+
+# Bins of the quantiles, and how many values each holds.
+Filled = tuple[NDArray[np.intp], NDArray[np.intp]]
 
 
 class Quantiles:
@@ -27,8 +32,19 @@ class Quantiles:
 
     def add(self, values: Floats) -> None:
         """Count values, float32 of any shape, each at least 0 (or NaN, which is above all)."""
+        self.count(self.filled(values))
+
+    @staticmethod
+    def filled(values: Floats) -> Filled:
+        """Which bins values fall into, and how many into each: what ``count`` takes."""
         magnitudes = np.abs(np.ascontiguousarray(values)).view(np.uint32).ravel()
-        self.counts += np.bincount(magnitudes >> CUT, minlength=BINS)
+        counts = np.bincount(magnitudes >> CUT)
+        places = np.flatnonzero(counts)
+        return places, counts[places]
+
+    def count(self, filled: Filled) -> None:
+        places, counts = filled
+        self.counts[places] += counts
 
     def at(self, share: float) -> float:
         """The smallest value, rounded up to the counting's grid, that ``share`` of the values keep to; NaN of none."""
@@ -59,8 +75,26 @@ class ImageErrors:
     high: float
 
 
+@dataclass(frozen=True)
+class ImageSums:
+    """What one image adds to a tally: its errors, their sums, and which bins of the quantiles they fall into."""
+
+    errors: ImageErrors
+    absolute: float
+    squared: float
+    dot: float
+    ours: float
+    theirs: float
+    count: int
+    filled: Filled
+
+
 class OutputTally:
-    """One output over all images; memory does not grow with them."""
+    """One output over all images; memory does not grow with them.
+
+    The sums are floating-point: equal images counted in an equal order give equal figures to the last bit, wherever
+    each was measured.
+    """
 
     def __init__(self) -> None:
         self.quantiles = Quantiles()
@@ -69,35 +103,18 @@ class OutputTally:
         self.count = 0
 
     def add(self, got: NDArray[Any], wanted: NDArray[Any]) -> ImageErrors:
-        """Count one image: arrays of equal shape, any number type, compared in float32."""
-        # An odd step meets every column of an image whose width is a power of two.
-        step = -(-got.size // SAMPLES) | 1
-        sums, largest, low, high = np.zeros(4), 0.0, np.inf, -np.inf
-        ones, space = np.ones(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-        sampled = np.empty(-(-got.size // step), np.float32)
-        filled = 0
-        with np.errstate(invalid="ignore", over="ignore"):
-            for start, ours, theirs in _blocks(got, wanted):
-                error = np.subtract(ours, theirs, out=space[: ours.size])
-                energies = np.dot(error, error), np.dot(theirs, error), np.dot(theirs, theirs)
-                np.abs(error, out=error)
-                sums += (np.dot(error, ones[: error.size]), *energies)
-                largest = float(np.maximum(largest, error.max()))
-                low, high = min(low, float(theirs.min())), max(high, float(theirs.max()))
-                some = error[-start % step :: step]
-                sampled[filled : filled + some.size] = some
-                filled += some.size
-        self.quantiles.add(sampled)
-        absolute, squared, along, signal = (float(value) for value in sums)
-        # ours = theirs + error
-        dot, energy = signal + along, signal + 2 * along + squared
-        self.max_abs = float(np.maximum(self.max_abs, largest))
-        self.absolute, self.squared = self.absolute + absolute, self.squared + squared
-        self.dot, self.ours, self.theirs = self.dot + dot, self.ours + energy, self.theirs + signal
-        self.count += got.size
-        # A difference is finite where both values are, except for values near float32's end.
-        bad = [0, 0] if np.isfinite(largest) else [int((~np.isfinite(side)).sum()) for side in (got, wanted)]
-        return ImageErrors(largest, _cosine(dot, energy, signal), bad[0], bad[1], low, high)
+        """Measure one image and count it."""
+        sums = measure(got, wanted)
+        self.count_in(sums)
+        return sums.errors
+
+    def count_in(self, sums: ImageSums) -> None:
+        """Count what was measured of one image."""
+        self.quantiles.count(sums.filled)
+        self.max_abs = float(np.maximum(self.max_abs, sums.errors.max_abs))
+        self.absolute, self.squared = self.absolute + sums.absolute, self.squared + sums.squared
+        self.dot, self.ours, self.theirs = self.dot + sums.dot, self.ours + sums.ours, self.theirs + sums.theirs
+        self.count += sums.count
 
     @property
     def mean_abs(self) -> float:
@@ -112,6 +129,34 @@ class OutputTally:
         """Energy of the reference over that of the error, in decibels; infinite where there is no error."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return float(10 * np.log10(np.float64(self.theirs) / np.float64(self.squared)))
+
+
+def measure(got: NDArray[Any], wanted: NDArray[Any]) -> ImageSums:
+    """One image: arrays of equal shape, any number type, compared in float32."""
+    # An odd step meets every column of an image whose width is a power of two.
+    step = -(-got.size // SAMPLES) | 1
+    sums, largest, low, high = np.zeros(4), 0.0, np.inf, -np.inf
+    ones, space = np.ones(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    sampled = np.empty(-(-got.size // step), np.float32)
+    filled = 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start, ours, theirs in _blocks(got, wanted):
+            error = np.subtract(ours, theirs, out=space[: ours.size])
+            energies = _dot(error, error), _dot(theirs, error), _dot(theirs, theirs)
+            np.abs(error, out=error)
+            sums += (_dot(error, ones[: error.size]), *energies)
+            largest = float(np.maximum(largest, error.max()))
+            low, high = min(low, float(theirs.min())), max(high, float(theirs.max()))
+            some = error[-start % step :: step]
+            sampled[filled : filled + some.size] = some
+            filled += some.size
+    absolute, squared, along, signal = (float(value) for value in sums)
+    # ours = theirs + error
+    dot, energy = signal + along, signal + 2 * along + squared
+    # A difference is finite where both values are, except for values near float32's end.
+    bad = [0, 0] if np.isfinite(largest) else [int((~np.isfinite(side)).sum()) for side in (got, wanted)]
+    errors = ImageErrors(largest, _cosine(dot, energy, signal), bad[0], bad[1], low, high)
+    return ImageSums(errors, absolute, squared, dot, energy, signal, got.size, Quantiles.filled(sampled))
 
 
 def strongest_class(scores: NDArray[np.floating]) -> NDArray[np.integer]:
@@ -146,6 +191,10 @@ def _blocks(got: NDArray[Any], wanted: NDArray[Any]) -> Iterator[tuple[int, Floa
     for start in range(0, ours.size, BLOCK):
         end = start + BLOCK
         yield start, ours[start:end].astype(np.float32, copy=False), theirs[start:end].astype(np.float32, copy=False)
+
+
+def _dot(a: Floats, b: Floats) -> float:
+    return sum(float(np.dot(a[start : start + PIECE], b[start : start + PIECE])) for start in range(0, a.size, PIECE))
 
 
 def _cosine(dot: float, ours: float, theirs: float) -> float:

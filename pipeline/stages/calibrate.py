@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +23,15 @@ from pipeline.calibration.ranges import ZERO_AMAX, choose_ranges
 from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, TensorRange
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
-from pipeline.data.dataset import Sample
-from pipeline.errors import BuildFolderError, CalibrationError, DataError, ModelError
+from pipeline.data.dataset import Dataset, Sample
+from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, DataError, ModelError
 from pipeline.graph.io import load_model, model_inputs, read_card, sha256_model
 from pipeline.graph.placement import activation_tensors
 from pipeline.progress import track
 from pipeline.selection import kept, try_algorithms
+
+if TYPE_CHECKING:
+    from pipeline.fleet import Fleet
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,7 @@ def calibrate(
     *,
     validation: Mapping[str, str] | None = None,
     engine: EngineConfig | None = None,
+    fleet: Fleet | None = None,
 ) -> CalibrationReport:
     """Choose a range for every activation of a graph; write the calibration cache and its report.
 
@@ -64,8 +70,11 @@ def calibrate(
         validation: names of the validation images by ``Sample.content_hash()`` (see ``content_hashes``).
         engine: workspace for ``calibrator`` gpu and tensorrt; ``exclude`` and ``qdq`` for ``algorithm: auto``; default:
             the config's defaults.
+        fleet: whose workers collect the histograms, which are merged here: counts add up exactly. With ``calibrator``
+            cpu the ranges are those of one process, bit by bit; with gpu, each GPU has an engine of its own.
 
     Raises:
+        ConfigError: a fleet with TensorRT's own calibrator, or with batches whose bad images are skipped.
         CalibrationError: no image; for ``auto``, too few or a graph without masks; an image that is a validation image
             too; one that does not fit the graph's input, or a ``batch`` that does not; NaN or infinite activations.
         DataError: an image that cannot be decoded, without ``skip_bad``.
@@ -93,6 +102,8 @@ def calibrate(
     calibrator = resolve_calibrator(config.calibrator)
     trials: list[AlgorithmTrial] = []
     held_out: list[int] = []
+    if fleet is not None:
+        _check_spreads(calibrator, config)
     if calibrator == "tensorrt":
         from pipeline.backends.tensorrt import calibrate_with_tensorrt
 
@@ -106,17 +117,23 @@ def calibrate(
             collect: Collector = functools.partial(gpu_histograms, clean, tensors, config=engine)
         else:
             collect = functools.partial(cpu_histograms, model, tensors)
+
+        def gather(images: _Images, which: Sequence[int] | None = None) -> list[Histogram]:
+            if fleet is None:
+                return collect(images.read(which))
+            return _spread(fleet, collect, images, which, on_gpu=calibrator == "gpu")
+
         if config.algorithm == "auto":
             held_out = _held_out(len(samples))
-            histograms = collect(images.read([i for i in range(len(samples)) if i not in held_out]))
+            rest = [i for i in range(len(samples)) if i not in held_out]
+            histograms = gather(images, rest)
             judges = list(images.read(held_out, "held-out images"))
             trials = try_algorithms(model, histograms, [x for _, x in judges], config, engine)
             algorithm = kept(trials)
-            for histogram, more in zip(histograms, collect(judges), strict=True):
-                histogram.merge(more)
+            _merge(histograms, collect(judges) if fleet is None else gather(images.anew(), held_out))
         else:
             algorithm = config.algorithm
-            histograms = collect(images.read())
+            histograms = gather(images)
         ranges = choose_ranges(histograms, algorithm, config, len(images.names))
         table = CalibrationTable(algorithm, {entry.tensor: entry.amax for entry in ranges})
     collected = time.perf_counter()
@@ -152,6 +169,75 @@ def calibrate(
             ) from error
         write_atomically(file, content)
     return result
+
+
+def _check_spreads(calibrator: Calibrator, config: CalibrateConfig) -> None:
+    if calibrator == "tensorrt":
+        raise ConfigError(
+            "TensorRT's own calibrator keeps its histograms to itself, so they cannot be merged",
+            expected="calibrate.calibrator: cpu or gpu with --distributed",
+            fix="set it, or leave --distributed out",
+        )
+    if config.batch > 1 and config.skip_bad:
+        raise ConfigError(
+            "calibrate.skip_bad changes which images share a batch",
+            expected="calibrate.batch: 1 beside it, with --distributed",
+            got=f"calibrate.batch: {config.batch}",
+            fix="set calibrate.batch to 1, or leave skip_bad or --distributed out",
+        )
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What a worker of a fleet has found on some images; no histograms where none could be decoded."""
+
+    histograms: list[Histogram]
+    images: _Images
+
+
+@dataclass(frozen=True)
+class _Collecting:
+    """Collects on images by their places, batch by batch; on a worker."""
+
+    collect: Collector
+    images: _Images
+
+    def __call__(self, batches: Sequence[Sequence[int]], again: bool) -> _Collected:
+        images = self.images.anew()
+        stream = images.read([place for batch in batches for place in batch], may_lack=True)
+        first = next(stream, None)
+        histograms = [] if first is None else self.collect(itertools.chain([first], stream))
+        return _Collected(histograms, images.found())
+
+
+def _spread(
+    fleet: Fleet, collect: Collector, images: _Images, which: Sequence[int] | None, *, on_gpu: bool
+) -> list[Histogram]:
+    """As ``collect(images.read(which))``, on a fleet: a batch is an item, and stays whole."""
+    places, size = images.places(which), images.batch
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    histograms: list[Histogram] = []
+    for part in fleet.in_order(
+        _Collecting(collect, images),
+        batches,
+        "calibrating",
+        lambda batch: ", ".join(images.name(place) for place in batch),
+        # An engine is built for each portion, so on GPUs there are no more than necessary.
+        size=-(-len(batches) // fleet.gpus) if on_gpu and fleet.gpus else None,
+        on_gpu=on_gpu,
+    ):
+        images.add(part.images)
+        if part.histograms:
+            histograms = histograms or [Histogram(one.tensor) for one in part.histograms]
+            _merge(histograms, part.histograms)
+    if not histograms:
+        raise images.none_left("calibration images")
+    return histograms
+
+
+def _merge(histograms: Sequence[Histogram], more: Sequence[Histogram]) -> None:
+    for histogram, other in zip(histograms, more, strict=True):
+        histogram.merge(other)
 
 
 def resolve_calibrator(wanted: Calibrator) -> Calibrator:
@@ -193,9 +279,48 @@ class _Images:
         self.hashes: list[str] = []
         self.skipped: list[str] = []
 
-    def read(self, which: Sequence[int] | None = None, what: str = "calibration images") -> Iterator[Named]:
-        """Each batch's names, and its array as the graph takes it: of all images, or of those at the places given."""
-        places = range(len(self.samples)) if which is None else which
+    def anew(self) -> _Images:
+        """The same images, of which none has been read."""
+        fresh = copy.copy(self)
+        fresh.filled, fresh.names, fresh.hashes, fresh.skipped = 0, [], [], []
+        return fresh
+
+    def found(self) -> _Images:
+        """What was found so far, without the images."""
+        bare = copy.copy(self)
+        bare.samples, bare.validation = (), {}
+        return bare
+
+    def add(self, other: _Images) -> None:
+        """Count what was found of the images that follow these."""
+        self.filled += other.filled
+        self.names += other.names
+        self.hashes += other.hashes
+        self.skipped += other.skipped
+
+    def places(self, which: Sequence[int] | None) -> Sequence[int]:
+        return range(len(self.samples)) if which is None else which
+
+    def name(self, place: int) -> str:
+        return self.samples.names[place] if isinstance(self.samples, Dataset) else str(place)
+
+    def none_left(self, what: str) -> CalibrationError:
+        return CalibrationError(
+            f"there are no {what}",
+            expected=f"at least one, better {ENOUGH_IMAGES} or more",
+            got=f"{len(self.skipped)} that cannot be decoded" if self.skipped else "none",
+            fix="check data.calibration",
+        )
+
+    def read(
+        self, which: Sequence[int] | None = None, what: str = "calibration images", *, may_lack: bool = False
+    ) -> Iterator[Named]:
+        """Each batch's names, and its array as the graph takes it: of all images, or of those at the places given.
+
+        Args:
+            may_lack: give nothing, instead of raising, where no image can be decoded.
+        """
+        places = self.places(which)
         before = len(self.names)
         waiting: list[Named] = []
         for place in track(places, what, len(places)):
@@ -215,13 +340,8 @@ class _Images:
             if len(waiting) == self.batch:
                 yield _joined(waiting)
                 waiting.clear()
-        if len(self.names) == before:
-            raise CalibrationError(
-                f"there are no {what}",
-                expected=f"at least one, better {ENOUGH_IMAGES} or more",
-                got=f"{len(self.skipped)} that cannot be decoded" if self.skipped else "none",
-                fix="check data.calibration",
-            )
+        if len(self.names) == before and not may_lack:
+            raise self.none_left(what)
         if waiting:
             # TensorRT and the GPU's engine take batches of one size only.
             self.filled += self.batch - len(waiting)

@@ -7,18 +7,18 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.artifacts import ModelCard, write_atomically
+from pipeline.artifacts import ModelCard, process_name, write_atomically
 from pipeline.backends.ahead import Ahead
 from pipeline.data.inputs import THREADS, Decoded, Input, decoded, find_files, inputs_of
 from pipeline.data.pictures import mask_png, overlay_png, palette, probability_png
@@ -27,8 +27,11 @@ from pipeline.data.preprocessing import Pixels
 from pipeline.data.videos import VIDEO_ENDINGS, decoder_for
 from pipeline.errors import BuildFolderError, DataError
 from pipeline.journal import NAME, Journal
-from pipeline.predictor import Prediction, Predictor
+from pipeline.predictor import Allocate, Prediction
 from pipeline.progress import track
+
+if TYPE_CHECKING:
+    from pipeline.fleet import Fleet
 
 log = logging.getLogger(__name__)
 # Waiting for the disk after every mask would take longer than all else; a broken machine's masks are made anew.
@@ -39,8 +42,22 @@ MOST_PIXELS = 1 << 32
 # Of an overlay: larger images are shrunk for it.
 OVERLAY_PIXELS = 1 << 26
 ENDINGS = (".png", "_overlay.png")
+# Images of one portion of a fleet's work: seconds of it, so that little is lost with a worker.
+PORTION = 64
+# Threads of a fleet's worker, which has a core of its own: one decodes or encodes while another waits for a disk.
+WORKER_THREADS = 2
 # Writes the files of an image, and gives its line.
 Finish = Callable[[], dict[str, Any]]
+
+
+class Masks(Protocol):
+    """What predicts: a ``Predictor``, or what stands for one that is elsewhere."""
+
+    card: ModelCard
+    batch: int
+    streams: int
+
+    def predict(self, images: Sequence[Any], *, probabilities: bool, allocate: Allocate) -> list[Prediction]: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,13 @@ class Outcome:
     first_failure: str = ""
 
 
-def predict(predictor: Predictor, model_sha256: str, given: Sequence[str | Path], wanted: Wanted) -> Outcome:
+def predict(
+    predictor: Masks,
+    model_sha256: str,
+    given: Sequence[str | Path],
+    wanted: Wanted,
+    fleet: Fleet | None = None,
+) -> Outcome:
     """For each image write ``<name>.png`` (class ids, palette), what else is wanted, and a line in the journal.
 
     An image that cannot be decoded is said in its line, and the others are done. Images are decoded, and files
@@ -81,6 +104,8 @@ def predict(predictor: Predictor, model_sha256: str, given: Sequence[str | Path]
     Args:
         model_sha256: of the model's file.
         given: images, folders, globs, numbered sequences, TIFF stacks, videos.
+        fleet: whose workers do it, portion by portion, with the predictor as it is pickled; images and
+            ``wanted.folder`` are on storage that all of them share. Lines come as portions are finished.
 
     Raises:
         DataError: no image found, two images of one name.
@@ -99,60 +124,127 @@ def predict(predictor: Predictor, model_sha256: str, given: Sequence[str | Path]
         except OSError as error:
             raise BuildFolderError(f"cannot make the folder {wanted.folder}: {error.strerror}") from error
         with Journal(wanted.folder, model_sha256, resume=wanted.resume) as journal:
-            return _Run(predictor, journal, wanted).over(paths)
+            work = _Work(predictor, wanted, frozenset(journal.names), journal.existed)
+            done = failed = 0
+            first_failure = ""
+            for line in work.here(paths) if fleet is None else work.over(fleet, paths):
+                journal.add(line)
+                if "error" in line:
+                    log.warning("%s", line["error"])
+                    failed, first_failure = failed + 1, first_failure or str(line["error"])
+                else:
+                    done += 1
+            return Outcome(done, work.already, failed, first_failure)
+
+
+class _Work:
+    """What is done with files: their lines in the journal come out of it. Pickled where the predictor can be.
+
+    Args:
+        earlier: names of images that are done.
+        existed: whether there was a journal to resume from; then masks without a line are made anew.
+
+    Attributes:
+        already: images met that were done.
+    """
+
+    def __init__(self, predictor: Masks, wanted: Wanted, earlier: frozenset[str], existed: bool) -> None:
+        self.predictor, self.wanted, self.earlier, self.existed = predictor, wanted, earlier, existed
+        self.already = 0
+
+    def here(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        run = _Run(self.predictor, self.wanted, self.earlier, refuse=not (self.wanted.overwrite or self.existed))
+        yield from run.lines(track(paths, "predicting", len(paths)))
+        self.already = run.already
+
+    def over(self, fleet: Fleet, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        names: set[str] = set()
+        try:
+            for part in fleet.parts(self, paths, PORTION, "predicting", writes=self.wanted.folder):
+                if part.result is None:
+                    (path,) = part.items
+                    yield {"name": path.stem, "image": str(path), "error": f"{path}: {part.lost}"}
+                    continue
+                lines, already = part.result
+                self.already += already
+                for line in lines:
+                    if line["name"] in names:
+                        raise _named_twice(line["name"])
+                    names.add(line["name"])
+                    yield line
+        finally:
+            for worker in fleet.lost_workers:
+                _clear(self.wanted.folder, worker)
+
+    def __call__(self, paths: Sequence[Path], again: bool) -> tuple[list[dict[str, Any]], int]:
+        """The lines of a portion, and how many images of it were done already; on a worker.
+
+        Args:
+            again: a worker has died over the portion, and may have written some of it.
+        """
+        refuse = not (self.wanted.overwrite or self.existed or again)
+        run = _Run(self.predictor, self.wanted, self.earlier, refuse=refuse, threads=WORKER_THREADS)
+        with _larger_images():
+            return list(run.lines(paths)), run.already
 
 
 class _Run:
-    """One pass over the images."""
+    """One pass over images.
 
-    def __init__(self, predictor: Predictor, journal: Journal, wanted: Wanted) -> None:
-        self.predictor = predictor
-        self.journal = journal
-        self.wanted = wanted
-        self.done = self.already = self.failed = 0
-        self.first_failure = ""
-        self.earlier = frozenset(journal.names)
+    Args:
+        earlier: names of images to leave out.
+        refuse: raise where there are files that would be replaced.
+        threads: that decode, and as many that encode.
+    """
+
+    def __init__(
+        self, predictor: Masks, wanted: Wanted, earlier: frozenset[str], *, refuse: bool, threads: int = THREADS
+    ) -> None:
+        self.predictor, self.wanted, self.earlier = predictor, wanted, earlier
+        self.refuse, self.threads = refuse, threads
+        self.already = 0
         self.names: set[str] = set()
+        self.failures: deque[dict[str, Any]] = deque()
 
-    def over(self, paths: Sequence[Path]) -> Outcome:
+    def lines(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+        """Predict and write; each image's line in the journal, once its files are there."""
         channels = self.predictor.card.preprocessing.channels
         predicting = ThreadPoolExecutor(self.predictor.streams + 1, "predicting")
-        writing = ThreadPoolExecutor(THREADS, "writing")
+        writing = ThreadPoolExecutor(self.threads, "writing")
         batches: deque[Future[list[Finish]]] = deque()
         files: deque[Future[dict[str, Any]]] = deque()
 
-        def settle(most_batches: int, most_files: int) -> None:
+        def settled(most_batches: int, most_files: int) -> Iterator[dict[str, Any]]:
             """Wait until no more than these are under way, in order."""
             while len(batches) > most_batches:
                 files.extend(writing.submit(finish) for finish in batches.popleft().result())
             while len(files) > most_files:
-                self.journal.add(files.popleft().result())
-                self.done += 1
+                yield files.popleft().result()
+            while self.failures:
+                yield self.failures.popleft()
 
         try:
-            with Ahead(inputs_of(track(paths, "predicting", len(paths)), channels)) as inputs:
-                for batch in self._batches(decoded(self._new(inputs))):
+            with Ahead(inputs_of(paths, channels)) as inputs:
+                for batch in self._batches(decoded(self._new(inputs), self.threads)):
                     is_large = batch[0][1].is_large
-                    settle(0 if is_large else self.predictor.streams, 0 if is_large else 2 * THREADS)
+                    yield from settled(0 if is_large else self.predictor.streams, 0 if is_large else 2 * self.threads)
                     batches.append(predicting.submit(self._predicted, batch))
-            settle(0, 0)
+            yield from settled(0, 0)
         finally:
             for pool in (predicting, writing):
                 pool.shutdown(cancel_futures=True)
-            for left in self.wanted.folder.glob(f".*.{os.getpid()}.partial"):  # probabilities of what was not written
-                left.unlink(missing_ok=True)
-        return Outcome(self.done, self.already, self.failed, self.first_failure)
+            _clear(self.wanted.folder, process_name())  # probabilities of what was not written
 
     def _new(self, inputs: Iterator[Input]) -> Iterator[Input]:
         """Those that are not done yet."""
         for one in inputs:
             if one.name in self.names:
-                raise DataError(f"two images would both give {one.name}.png", fix="predict them into two folders")
+                raise _named_twice(one.name)
             self.names.add(one.name)
             if one.name in self.earlier:
                 self.already += 1
                 continue
-            if not self.wanted.overwrite and not self.journal.existed:
+            if self.refuse:
                 _refuse_taken([self.wanted.folder / f"{one.name}{ending}" for ending in ENDINGS])
             yield one
 
@@ -176,7 +268,7 @@ class _Run:
         memory: dict[int, Path] = {}
 
         def allocate(index: int, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-            memory[index] = self.wanted.folder / f".{batch[index][0].source.name}.{os.getpid()}.partial"
+            memory[index] = self.wanted.folder / f".{batch[index][0].source.name}.{process_name()}.partial"
             return _mapped(memory[index], shape)
 
         wants = self.wanted.probabilities is not None
@@ -192,10 +284,7 @@ class _Run:
         return [finishing(index) for index in range(len(batch))]
 
     def _fail(self, source: Input, error: DataError) -> None:
-        log.warning("%s", error.problem)
-        self.journal.add({"name": source.name, "image": str(source.path), **source.place, "error": error.problem})
-        self.failed += 1
-        self.first_failure = self.first_failure or error.problem
+        self.failures.append({"name": source.name, "image": str(source.path), **source.place, "error": error.problem})
 
 
 class _Files:
@@ -285,7 +374,7 @@ def _refuse_collisions(paths: Sequence[Path], wanted: Wanted) -> None:
     stems = Counter(path.stem for path in paths)
     twice = [stem for stem, count in stems.items() if count > 1]
     if twice:
-        raise DataError(f"two images would both give {min(twice)}.png", fix="predict them into two folders")
+        raise _named_twice(min(twice))
     targets = [wanted.folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
     given = {path.resolve() for path in paths}
     if any(target.resolve() in given for target in targets):
@@ -294,6 +383,16 @@ def _refuse_collisions(paths: Sequence[Path], wanted: Wanted) -> None:
         )
     if not wanted.overwrite and not (wanted.resume and (wanted.folder / NAME).exists()):
         _refuse_taken([*targets, wanted.folder / NAME])
+
+
+def _named_twice(name: str) -> DataError:
+    return DataError(f"two images would both give {name}.png", fix="predict them into two folders")
+
+
+def _clear(folder: Path, process: str) -> None:
+    """Remove what a process has not finished."""
+    for left in folder.glob(f".*.{process}.partial"):
+        left.unlink(missing_ok=True)
 
 
 def _refuse_taken(targets: Sequence[Path]) -> None:

@@ -7,8 +7,9 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +28,13 @@ from pipeline.data.pictures import mask_png, overlay_png, palette
 from pipeline.data.preprocessing import Pixels
 from pipeline.errors import DataError, ModelError
 from pipeline.graph.deployment import output_kind
-from pipeline.judging import Judge
+from pipeline.judging import Judge, MeasuredImage
 from pipeline.progress import track
 from pipeline.reports import Candidate, ValidationReport
-from pipeline.values import TensorJudge
+from pipeline.values import MeasuredValues, TensorJudge
+
+if TYPE_CHECKING:
+    from pipeline.fleet import Fleet
 
 log = logging.getLogger(__name__)
 REFERENCE = "onnxruntime-fp32"
@@ -91,6 +95,7 @@ def validate(
     config: ValidateConfig,
     folder: Path,
     reference_path: str = "model.onnx",
+    fleet: Fleet | None = None,
 ) -> ValidationReport:
     """Run both on every image and write ``report.json``, masks, overlays and Polygraphy's run results to ``folder``.
 
@@ -102,6 +107,8 @@ def validate(
         candidate: the engine, or its typed graph on ONNX Runtime.
         dataset: images with labels, or without (then only agreement with FP32 is judged).
         reference_path: where the reference's ONNX file lies, seen from ``folder``; for the printed command.
+        fleet: run both there, where they are opened anew; the figures are the same to the last bit, since images are
+            measured one by one and counted here, in the dataset's order.
 
     Raises:
         DataError: no image.
@@ -118,31 +125,91 @@ def validate(
             got=", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in candidate.inputs),
             fix="validate the engine with the ONNX file it was built from",
         )
-    kind = output_kind(reference.outputs[0])
-    has_masks = card.task == "segmentation"
-    judge = Judge(card, config, what.precision, kind) if has_masks else TensorJudge(config, what.precision)
-    masks_only = has_masks and kind == "labels"
-    compare = None if masks_only else _comparison(judge.tolerance)
-    runners = [_Adapter(candidate, f"{what.ran.replace(' ', '-')}-{what.precision}"), _Adapter(reference, REFERENCE)]
+    comparison = _Comparison(reference, candidate, what, dataset, card, config)
+    judge = comparison.judge
     saved: list[tuple[dict[str, Any], RunResults]] = []
     pictures: list[str] = []
-    for index, sample in enumerate(track(dataset, f"validating {what.precision}", len(dataset))):
-        feed = feed_image(candidate.inputs[0], sample.image, card.preprocessing, f"the image {sample.name}")
+    for index, image in enumerate(_compared(comparison, f"validating {what.precision}", fleet)):
         if index == 0:
-            judge.require_labels(sample.label is not None)
-        with _polygraphy():
-            results = Comparator.run(runners, data_loader=[feed])
-        ours, theirs = (dict(iterations[0].items()) for _, iterations in results.items())
-        mask = judge.add(sample, ours, theirs, compare(results) if compare else None)
-        if index < config.saved_runs:
-            saved.append((feed, results))
-        if mask is not None and index < config.pictures:
-            pictures += _draw(sample, mask, card, folder)
+            judge.require_labels(image.labelled)
+        judge.count(image.measured)  # type: ignore[arg-type]
+        if image.run is not None:
+            saved.append(image.run)
+        if image.mask is not None:
+            pictures += _draw(dataset[index], image.mask, card, folder)
     _save_runs(saved, folder)
-    repeat = () if masks_only else _commands(what, judge.tolerance, reference_path)
+    repeat = () if comparison.compare is None else _commands(what, judge.tolerance, reference_path)
     report = judge.report(what, repeat, tuple(pictures), started)
     (folder / "report.json").write_bytes(to_json(report))
     return report
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One image, run on both sides.
+
+    Attributes:
+        mask: the candidate's, of the first images, which are drawn.
+        run: what was fed, and both sides' outputs, of the first images, which are saved.
+    """
+
+    measured: MeasuredImage | MeasuredValues
+    labelled: bool
+    mask: Pixels | None
+    run: tuple[dict[str, Any], RunResults] | None
+
+
+class _Comparison:
+    """Runs both sides on images of a dataset, by their places in it. Pickled where its runners can be."""
+
+    def __init__(
+        self,
+        reference: Runner,
+        candidate: Runner,
+        what: Candidate,
+        dataset: Dataset,
+        card: ModelCard,
+        config: ValidateConfig,
+    ) -> None:
+        self._given = reference, candidate, what, dataset, card, config
+        self.source, self.dataset, self.card, self.config = candidate.inputs[0], dataset, card, config
+        kind, has_masks = output_kind(reference.outputs[0]), card.task == "segmentation"
+        self.judge = Judge(card, config, what.precision, kind) if has_masks else TensorJudge(config, what.precision)
+        self.compare = None if has_masks and kind == "labels" else _comparison(self.judge.tolerance)
+        ours = _Adapter(candidate, f"{what.ran.replace(' ', '-')}-{what.precision}")
+        self.runners = [ours, _Adapter(reference, REFERENCE)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Comparison, self._given
+
+    def __call__(self, places: Sequence[int], again: bool = False) -> list[_Compared]:
+        return [self._one(place) for place in places]
+
+    def _one(self, place: int) -> _Compared:
+        sample, config = self.dataset[place], self.config
+        feed = feed_image(self.source, sample.image, self.card.preprocessing, f"the image {sample.name}")
+        with _polygraphy():
+            results = Comparator.run(self.runners, data_loader=[feed])
+        ours, theirs = (dict(iterations[0].items()) for _, iterations in results.items())
+        within = self.compare(results) if self.compare else None
+        measured, mask = self.judge.measure(sample, ours, theirs, within)
+        return _Compared(
+            measured,
+            sample.label is not None,
+            mask if place < config.pictures else None,
+            (feed, results) if place < config.saved_runs else None,
+        )
+
+
+def _compared(comparison: _Comparison, what: str, fleet: Fleet | None) -> Iterator[_Compared]:
+    """The dataset's images, in order."""
+    places = range(len(comparison.dataset))
+    if fleet is None:
+        for place in track(places, what, len(places)):
+            yield from comparison([place])
+    else:
+        for part in fleet.in_order(comparison, places, what, lambda place: comparison.dataset.names[place]):
+            yield from part
 
 
 def _forms(specs: Sequence[TensorSpec]) -> list[tuple[str, str, int]]:
