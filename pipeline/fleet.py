@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from pipeline import __version__
 from pipeline.artifacts import ModelCard, TensorSpec, process_name, write_atomically
 from pipeline.backends import cuda
+from pipeline.backends.onnxruntime import THREADS, threads
 from pipeline.closing import Closing
 from pipeline.data.pixels import Picture, picture_of
 from pipeline.errors import BuildFolderError, ConfigError, DataError, EngineError, PipelineError, UnsupportedError
@@ -236,7 +237,7 @@ class Fleet(Closing):
             max_restarts=-1, max_task_retries=REPEATED_CALLS, max_concurrency=calls, **resources
         )
         packed = _packed(opens)
-        actors = [actor.remote(packed) for _ in range(count or self.gpus)]
+        actors = [actor.remote(packed, threads()) for _ in range(count or self.gpus)]
         self._hosts = [_Host(each) for each in actors]
         found = self._gather([each.ready.remote() for each in actors], "models are opened")
         kinds = Counter(one.gpu for one in found if one.gpu)
@@ -404,8 +405,9 @@ class _Worker:
 
     function: Work[Any, Any]
 
-    def ready(self, packed: bytes, writes: Path | None, token: str) -> _Opened:
+    def ready(self, packed: bytes, threads: int, writes: Path | None, token: str) -> _Opened:
         def opens() -> None:
+            os.environ[THREADS] = str(threads)
             if writes is not None:
                 _check_shared(writes, token)
             self.function = _unpacked(packed)
@@ -425,9 +427,10 @@ class _Worker:
 class _HostActor:
     """The actor that holds a model."""
 
-    def __init__(self, packed: bytes) -> None:
+    def __init__(self, packed: bytes, threads: int) -> None:
         self.packed = packed
         self.model: Any = None
+        os.environ[THREADS] = str(threads)
         self.lock = threading.Lock()
 
     def ready(self) -> _Opened:
@@ -587,6 +590,7 @@ class _Crew(Closing):
         self.running: dict[Any, _UnderWay] = {}
         self.known: dict[Any, _Opened] = {}
         self._opening: dict[Any, Any] = {}
+        self._given_up = ""
         resources = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         self._packed = self._ray.put(_packed(function))
         self._workers = [
@@ -611,7 +615,11 @@ class _Crew(Closing):
         """What has come back, within a moment; sees to workers that became ready or died."""
         references = [*self.running, *self._opening]
         if not references and not self.idle:
-            raise UnsupportedError("no worker of the fleet is left", fix="look into Ray's logs of its nodes")
+            raise UnsupportedError(
+                "no worker of the fleet is left",
+                got=self._given_up,
+                fix="is unet-trt installed on all machines, and memory enough? Ray's logs say more",
+            )
         done, _ = self._ray.wait(references, timeout=POLL_SECONDS)
         for reference in done:
             if reference in self._opening:
@@ -629,13 +637,14 @@ class _Crew(Closing):
 
     def _open(self, worker: Any) -> None:
         ready = worker.ready.options(max_task_retries=REOPENINGS)
-        self._opening[ready.remote(self._packed, self._writes, self._token)] = worker
+        self._opening[ready.remote(self._packed, threads(), self._writes, self._token)] = worker
 
     def _welcome(self, worker: Any, reference: Any) -> None:
         try:
             opened: _Opened = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
-            log.warning("a worker is given up: %s", _first_line(error))
+            self._given_up = str(error).strip().splitlines()[-1]
+            log.warning("a worker is given up: %s", self._given_up)
             return
         opened.check_version()
         if isinstance(opened.opened, _Raised):
@@ -703,6 +712,8 @@ class _Show(Closing):
 
 
 def _ray() -> Any:
+    # Read when it is imported: that processes died is said here, in its own words, and not on standard output.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError as error:

@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto
 from pipeline.artifacts import TensorSpec
 from pipeline.backends.base import Arrays, Capabilities, check_feeds
 from pipeline.closing import Closing
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.graph.emulate import exactly_rounded, overflowing
 from pipeline.graph.io import load_model
 
@@ -30,6 +30,8 @@ ORT_ERRORS = (
     ort.capi.onnxruntime_pybind11_state.RuntimeException,
 )
 CPU = "CPUExecutionProvider"
+# Environment variable that says the number of threads.
+THREADS = "UNET_TRT_THREADS"
 DTYPES = {"float": "float32", "double": "float64"}
 
 
@@ -47,12 +49,28 @@ def capabilities() -> Capabilities:
     )
 
 
+def threads() -> int:
+    """How many compute: what ``UNET_TRT_THREADS`` says, else one for each physical core that this process may use."""
+    said = os.environ.get(THREADS, "")
+    if said:
+        if not said.isdecimal() or int(said) < 1:
+            raise ConfigError(f"{THREADS} is {said!r}", expected="a number of threads, 1 or more")
+        return int(said)
+    usable = os.sched_getaffinity(0)
+    siblings = (Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in usable)
+    try:
+        return len({path.read_text() for path in siblings})
+    except OSError:
+        return len(usable)
+
+
 class OnnxRuntimeRunner(Closing):
     """An ONNX graph on ONNX Runtime, on its CPU provider unless told otherwise.
 
     Q/DQ pairs are executed as written, in floating point, never fused into integer kernels: the result is the
-    quantized network's exactly rounded arithmetic, the same on every CPU. Results do not depend on the number of
-    threads: all cores, or as many as ``OMP_NUM_THREADS`` says. Pickled, it is opened anew.
+    quantized network's exactly rounded arithmetic, the same on every CPU. With floating point the last bits depend on
+    the number of threads (see ``threads``), since convolutions of small images are split by it. Pickled, it is opened
+    anew.
 
     Args:
         model: path or serialized bytes.
@@ -71,7 +89,9 @@ class OnnxRuntimeRunner(Closing):
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what fails is raised
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # which workers of a fleet set
+        options.intra_op_num_threads = threads()
+        if THREADS in os.environ:  # the cores are shared with other processes: none waits for work by spinning
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

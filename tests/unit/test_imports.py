@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent.parent / "pipeline"
-HEAVY = ("torch", "onnxruntime", "onnx_graphsurgeon", "polygraphy", "tensorrt", "tensorrt_rtx", "cuda")
+HEAVY = ("torch", "onnxruntime", "onnx_graphsurgeon", "polygraphy", "tensorrt", "tensorrt_rtx", "cuda", "ray")
 LIGHT = (
     "cli",
     "config",
@@ -44,7 +44,7 @@ def test_every_module_imports_without_torch_and_tensorrt() -> None:
     )
     program = (
         "import importlib, sys\n"
-        "for absent in ('torch', 'tensorrt', 'tensorrt_rtx', 'cuda'): sys.modules[absent] = None\n"
+        "for absent in ('torch', 'tensorrt', 'tensorrt_rtx', 'cuda', 'ray'): sys.modules[absent] = None\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)

@@ -1,0 +1,322 @@
+"""Prediction, validation and calibration on a real Ray cluster of this machine's cores, whose workers really die."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.artifacts import ModelCard, from_json, sha256_file
+from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.calibration.report import CalibrationReport
+from pipeline.config import CalibrateConfig, ClassConfig, PreprocessingConfig, Tolerance, ValidateConfig
+from pipeline.data.dataset import image_folder
+from pipeline.errors import BuildFolderError, ConfigError, DataError, EngineError, ModelError, UnsupportedError
+from pipeline.fleet import Fleet, Part, _check_shared, _mixed, _Opened, _Portions, _Raised
+from pipeline.graph.io import write_card
+from pipeline.predictor import Prediction, Predictor
+from pipeline.reports import Candidate
+from pipeline.stages.calibrate import calibrate
+from pipeline.stages.predict import Outcome, Wanted, predict
+from pipeline.stages.validate import validate
+from tests.conftest import REPOSITORY, Result
+from tests.integration.test_bad_input import fails
+from tests.tiny_unet import save, tiny_unet
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'unet-trt[ray]'")
+
+Command = Callable[..., Result]
+SIZE, IMAGES = 32, 12
+SPEC = PreprocessingConfig(height=SIZE, width=SIZE, resize="stretch")
+CLASSES = tuple(ClassConfig(name=name, colour=(9 * i, 20, 90)) for i, name in enumerate("abc"))
+CARD = ModelCard("tiny", SPEC, CLASSES)
+# Of the image that ends every process that predicts it.
+POISON = (7, 9)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster that a fleet has started, with cores for four actors, and a GPU that is not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 4, "GPU": 1}')
+        with Fleet():
+            yield ray.get_runtime_context().gcs_address
+    assert not ray.is_initialized()
+
+
+@pytest.fixture
+def fleet(cluster: str) -> Iterator[Fleet]:
+    with Fleet(workers=2) as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``clean.onnx``, ``other.onnx``, ``images`` and ``labels``."""
+    root, rng = tmp_path_factory.mktemp("fleet"), np.random.default_rng(0)
+    for name, seed in (("clean", 0), ("other", 1)):
+        model = tiny_unet(seed=seed)
+        write_card(model, CARD)
+        save(model, root / f"{name}.onnx")
+    for kind in ("images", "labels"):
+        (root / kind).mkdir()
+    for index in range(IMAGES):
+        pixels = rng.integers(0, 256, (4, 5, 3), np.uint8).repeat(9, 0).repeat(8, 1)
+        Image.fromarray(pixels).save(root / "images" / f"{index:02d}.png")
+        Image.fromarray(pixels[..., 0] % 3).save(root / "labels" / f"{index:02d}.png")
+    return root
+
+
+def masks(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".jsonl"}
+
+
+def lines(folder: Path) -> dict[str, dict[str, Any]]:
+    """The journal without times, by name; each name once."""
+    found = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len({line["name"] for line in found}) == len(found)
+    return {line["name"]: {key: line[key] for key in line if key != "seconds"} for line in found}
+
+
+@pytest.fixture
+def alone(files: Path, tmp_path: Path) -> Path:
+    """What one process makes of the images."""
+    with Predictor(files / "clean.onnx") as predictor:
+        predict(predictor, "sha", [files / "images"], Wanted(tmp_path / "alone"))
+    return tmp_path / "alone"
+
+
+class Mortal(Predictor):
+    """Ends its process where ``ends`` says so, as the kernel does that lacks memory."""
+
+    def __init__(self, model: Path, ends: Callable[[Sequence[Any]], bool]) -> None:
+        super().__init__(model)
+        self._again = functools.partial(Mortal, model, ends)
+        self.ends = ends
+
+    def predict(self, images: Sequence[Any], **options: Any) -> list[Prediction]:
+        if self.ends(images):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().predict(images, **options)
+
+
+def once(flag: Path, parent: int, images: Sequence[Any]) -> bool:
+    """At the third batch that anybody predicts, and never again."""
+    with (flag.parent / "batches").open("a") as file:
+        file.write(".")
+    if os.getpid() == parent or (flag.parent / "batches").stat().st_size < 3 or flag.exists():
+        return False
+    flag.touch()
+    return True
+
+
+def on_poison(images: Sequence[Any]) -> bool:
+    return any((image.height, image.width) == POISON for image in images)
+
+
+def test_a_killed_worker_loses_and_repeats_nothing(
+    fleet: Fleet, files: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.stages.predict.PORTION", 4)
+    flag = tmp_path / "killed"
+    with Mortal(files / "clean.onnx", functools.partial(once, flag, os.getpid())) as predictor:
+        outcome = predict(predictor, "sha", [files / "images"], Wanted(tmp_path / "out"), fleet)
+    assert flag.exists()
+    assert len(fleet.lost_workers) == 1
+    assert outcome == Outcome(IMAGES, 0, 0)
+    assert masks(tmp_path / "out") == masks(alone)
+    assert lines(tmp_path / "out") == lines(alone)
+
+
+def test_one_poison_image_is_a_line_and_the_others_are_done(
+    fleet: Fleet, files: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.fleet.CUT_AFTER", 1)
+    monkeypatch.setattr("pipeline.fleet.ALONE_AFTER", 1)
+    poison = tmp_path / "poison.png"
+    Image.new("RGB", POISON[::-1]).save(poison)
+    with Mortal(files / "clean.onnx", on_poison) as predictor:
+        outcome = predict(predictor, "sha", [files / "images", poison], Wanted(tmp_path / "out"), fleet)
+    assert (outcome.done, outcome.failed) == (IMAGES, 1)
+    assert "its process died 2 times over it" in outcome.first_failure
+    assert masks(tmp_path / "out") == masks(alone)
+    assert lines(tmp_path / "out")["poison"]["image"] == str(poison)
+
+
+def test_a_hosted_model_that_dies_is_opened_again(fleet: Fleet, files: Path, alone: Path, tmp_path: Path) -> None:
+    flag = tmp_path / "killed"
+    opens = functools.partial(Mortal, files / "clean.onnx", functools.partial(once, flag, os.getpid()))
+    wanted = Wanted(tmp_path / "out", probabilities="npy")
+    with fleet.host_predictor(opens, count=1) as predictor:
+        assert predict(predictor, "sha", [files / "images"], wanted, fleet) == Outcome(IMAGES, 0, 0)
+    assert flag.exists()
+    made = masks(tmp_path / "out")
+    assert {name: made[name] for name in masks(alone)} == masks(alone)
+    assert np.load(tmp_path / "out" / "00_probabilities.npy").shape == (3, 36, 40)
+
+
+def test_the_command_makes_what_one_process_makes(cluster: str, files: Path, tmp_path: Path, unet_trt: Command) -> None:
+    (tmp_path / "broken.png").write_bytes((files / "images" / "00.png").read_bytes()[:60])
+    given = (files / "clean.onnx", files / "images", tmp_path / "broken.png")
+    results = [
+        unet_trt("predict", *given, "-o", folder, *more)
+        for folder, more in (("one", ()), ("many", ("--distributed", "--workers", "2", "--address", cluster)))
+    ]
+    for result in results:
+        fails(result, 2, "1 image(s) could not be read", "broken.png")
+    assert "12 mask(s)" in results[1].out
+    assert "13 in" in results[1].err
+    one, many = (tmp_path / "working" / folder for folder in ("one", "many"))
+    assert masks(one) == masks(many)
+    assert lines(one) == lines(many)
+
+
+def judged(files: Path, folder: Path, fleet: Fleet | None, hosted: bool = False) -> dict[str, Any]:
+    """The verdict without its seconds, and what lies in its folder."""
+    folder.mkdir()
+    config = ValidateConfig(tolerances={"fp16": Tolerance(atol=1, rtol=1)}, pictures=2, saved_runs=1)
+    what = Candidate("fp16", True, "ONNX Runtime", "0", None, None)
+    opens = functools.partial(OnnxRuntimeRunner, files / "other.onnx")
+    dataset = image_folder(files / "images", "rgb", files / "labels", CARD)
+    candidate = fleet.host_runner(opens, count=1) if fleet is not None and hosted else opens()
+    with OnnxRuntimeRunner(files / "clean.onnx") as reference, candidate:
+        report = validate(reference, candidate, what, dataset, CARD, config, folder, fleet=fleet)
+    drawn = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+    names = sorted(path.name for path in folder.iterdir())
+    return {**asdict(report), "seconds": 0, "drawn": drawn, "files": names}
+
+
+def test_a_verdict_is_equal_to_the_last_bit_with_any_number_of_workers(
+    cluster: str, files: Path, tmp_path: Path
+) -> None:
+    alone = judged(files, tmp_path / "alone", None)
+    assert len(alone["images"]) == IMAGES
+    assert alone["outputs"]["logits"]["mean_abs"] > 0
+    with Fleet(workers=1) as one, Fleet(workers=2) as two:
+        assert judged(files, tmp_path / "one", one) == alone
+        assert judged(files, tmp_path / "two", two, hosted=True) == alone
+
+
+def test_histograms_merge_to_those_of_one_process(fleet: Fleet, files: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (files / "images").iterdir():
+        (images / path.name).symlink_to(path)
+    (images / "05b.png").write_bytes(b"no image")
+    config = CalibrateConfig(images=99, algorithm="auto", calibrator="cpu", skip_bad=True)
+    reports = []
+    for name, given in (("alone", None), ("fleet", fleet)):
+        cache, report = tmp_path / f"{name}.cache", tmp_path / f"{name}.json"
+        calibrate(files / "clean.onnx", image_folder(images, "rgb"), config, SPEC, cache, report, fleet=given)
+        reports.append(asdict(from_json(CalibrationReport, report)) | {"seconds": 0, "collect_seconds": 0})
+    assert reports[0] == reports[1]
+    assert reports[0]["image_count"] == IMAGES
+    assert sha256_file(tmp_path / "alone.cache") == sha256_file(tmp_path / "fleet.cache")
+
+
+def test_an_error_of_the_work_is_raised_as_it_is(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_at(places: Sequence[int], again: bool) -> list[int]:
+        if 5 in places:
+            raise ModelError("five", expected="less")
+        return list(places)
+
+    with pytest.raises(ModelError, match="five") as caught:
+        list(fleet.in_order(fails_at, range(9), "counting", size=2))
+    assert caught.value.expected == "less"
+
+    parts = [Part(2, (2, 3), [2, 3]), Part(0, (0, 1), [0, 1]), Part(4, (4,), None, "its process died")]
+    monkeypatch.setattr(fleet, "parts", lambda *given, **more: (part for part in parts))
+    results = fleet.in_order(fails_at, range(5), "counting")
+    assert [next(results), next(results)] == [[0, 1], [2, 3]]
+    with pytest.raises(DataError, match="4 cannot be worked on: its process died"):
+        next(results)
+
+
+def test_what_a_cluster_lacks(fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "gpus", 0)
+    with pytest.raises(UnsupportedError, match="no worker has a GPU"):
+        fleet.host_predictor(no_driver)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="99 workers cannot be had"):
+        Fleet(workers=99)
+    with pytest.raises(UnsupportedError, match=r"this machine has no NVIDIA driver \(on ") as caught:
+        fleet.host_predictor(no_driver)
+    assert caught.value.exit_code == 3
+    with pytest.raises(BuildFolderError, match="not the same folder as where the run was started"):
+        _check_shared(tmp_path, "token")
+
+
+def no_driver() -> Predictor:
+    raise UnsupportedError("this machine has no NVIDIA driver")
+
+
+def test_gpus_of_several_types_are_named() -> None:
+    refused = _Raised(EngineError("model.engine was built on a NVIDIA L4"))
+    one = _Opened("node", "", "", "NVIDIA A10", "1", refused)
+    error = _mixed(one, Counter({"NVIDIA L4": 2, "NVIDIA A10": 1}))
+    assert "GPUs are of 2 types" in error.problem
+    assert error.got == "1 NVIDIA A10, 2 NVIDIA L4"
+
+
+def test_bad_addresses_and_options(files: Path, tmp_path: Path, unet_trt: Command) -> None:
+    given = ("predict", files / "clean.onnx", files / "images", "-o", "masks")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        result = unet_trt(*given, "--distributed", "--address", address)
+    fails(result, 2, f"no Ray cluster answers at {address}", "Connection refused", "leave --address out")
+    fails(unet_trt(*given, "--distributed", "--address", "ray://head"), 2, "'ray://head' is no address", "HOST:PORT")
+    fails(unet_trt(*given, "--workers", "2"), 2, "--workers is for a run on Ray", "add --distributed")
+    assert not (tmp_path / "working" / "masks").exists()
+
+
+def test_ray_is_imported_for_fleets_alone(files: Path, tmp_path: Path) -> None:
+    program = "import sys; sys.modules['ray'] = None; from pipeline.cli import main; main()"
+    given = ["predict", str(files / "clean.onnx"), str(files / "images"), "-o", str(tmp_path / "masks")]
+    for more, code, said in (([], 0, ""), (["--distributed"], 3, "pip install 'unet-trt[ray]'")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *given, *more],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done
+        assert said in done.stderr
+
+
+def test_portions_are_cut_and_then_tried_alone() -> None:
+    portions = _Portions(range(5), 2)
+    first, second, third = (portions.next(is_alone=False) for _ in range(3))
+    assert first is not None
+    assert [p and p.items for p in (first, second, third)] == [(0, 1), (2, 3), (4,)]
+    portions.put_back(first)
+    again = portions.next(is_alone=False)
+    assert again is not None
+    assert again.items == (0, 1)
+    portions.put_back(again)
+    singles = [portions.next(is_alone=False) for _ in range(2)]
+    assert [p and (p.start, p.items) for p in singles] == [(0, (0,)), (1, (1,))]
+    assert portions.is_done
+    assert singles[1] is not None
+    portions.put_back(singles[1])
+    assert portions.next(is_alone=False) is None
+    assert not portions.is_done
+    last = portions.next(is_alone=True)
+    assert last is not None
+    assert last.items == (1,)
+    assert portions.is_done
