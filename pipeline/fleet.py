@@ -220,8 +220,7 @@ class Fleet(Closing):
             PipelineError: as ``opens`` raised it.
         """
         first = self._host(opens, CALLS, count)
-        card, batch, streams = first.opened
-        return HostedPredictor(_Turns(self._hosts), card, batch, streams, self._release)
+        return HostedPredictor(_Turns(self._hosts), first.opened, self._release)
 
     def host_runner(self, opens: Callable[[], Any], count: int | None = None) -> HostedRunner:
         """As ``host_predictor``, of a runner."""
@@ -424,6 +423,16 @@ class _Worker:
             return _Raised(error)
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What there is to know of a hosted predictor."""
+
+    card: ModelCard
+    sha256: str
+    batch: int
+    streams: int
+
+
 class _HostActor:
     """The actor that holds a model."""
 
@@ -434,13 +443,13 @@ class _HostActor:
         self.lock = threading.Lock()
 
     def ready(self) -> _Opened:
-        def opens() -> tuple[Any, ...]:
+        def opens() -> _Facts | tuple[Any, Any]:
             with self.lock:
                 if self.model is None:
                     self.model = _unpacked(self.packed)()
             model = self.model
             if isinstance(model, Predictor):
-                return model.card, model.batch, model.streams
+                return _Facts(model.card, model.sha256, model.batch, model.streams)
             return model.inputs, model.outputs
 
         return _opened(opens)
@@ -503,17 +512,15 @@ class HostedPredictor(Closing):
     pickled, it calls the same ones, and leaves ending them to the first.
 
     Attributes:
-        card, batch, streams: as a ``Predictor``'s.
+        card, sha256, batch, streams: as a ``Predictor``'s.
     """
 
-    def __init__(
-        self, turns: _Turns, card: ModelCard, batch: int, streams: int, release: Callable[[], None] = lambda: None
-    ) -> None:
-        self.card, self.batch, self.streams = card, batch, streams
-        self._turns, self._release = turns, release
+    def __init__(self, turns: _Turns, facts: _Facts, release: Callable[[], None] = lambda: None) -> None:
+        self.card, self.sha256, self.batch, self.streams = facts.card, facts.sha256, facts.batch, facts.streams
+        self._turns, self._facts, self._release = turns, facts, release
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HostedPredictor, (self._turns, self.card, self.batch, self.streams)
+        return HostedPredictor, (self._turns, self._facts)
 
     def close(self) -> None:
         self._release()
@@ -577,6 +584,7 @@ class _Crew(Closing):
         idle: workers.
         running: what is under way, by Ray's reference.
         known: where workers are, and what they are called.
+        began: when the first portion was started.
     """
 
     def __init__(self, fleet: Fleet, function: Work[Any, Any], writes: Path | None, on_gpu: bool) -> None:
@@ -591,6 +599,7 @@ class _Crew(Closing):
         self.known: dict[Any, _Opened] = {}
         self._opening: dict[Any, Any] = {}
         self._given_up = ""
+        self.began: float | None = None
         resources = {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
         self._packed = self._ray.put(_packed(function))
         self._workers = [
@@ -607,6 +616,7 @@ class _Crew(Closing):
             (self._writes / self._token).unlink(missing_ok=True)
 
     def start(self, portion: _Portion[Any]) -> None:
+        self.began = self.began or time.monotonic()
         worker = self.idle.popleft()
         reference = worker.work.remote(portion.items, portion.failures > 0)
         self.running[reference] = _UnderWay(worker, portion, time.monotonic())
@@ -658,7 +668,7 @@ class _Show(Closing):
 
     def __init__(self, what: str, total: int, crew: _Crew, name: Callable[[Any], str]) -> None:
         self._what, self._total, self._crew, self._name = what, total, crew, name
-        self._begin = self._last = time.monotonic()
+        self._opened = self._last = time.monotonic()
         self._done = 0
         self._seconds: deque[float] = deque(maxlen=1000)
         self._told: set[int] = set()
@@ -673,9 +683,13 @@ class _Show(Closing):
             self._bar.start()
 
     @property
+    def _seconds_at_work(self) -> float:
+        return time.monotonic() - (self._crew.began or time.monotonic())
+
+    @property
     def rate(self) -> float:
-        """Items a second."""
-        return self._done / max(time.monotonic() - self._begin, 1e-9)
+        """Items a second, since the first worker was ready."""
+        return self._done / max(self._seconds_at_work, 1e-9)
 
     def add(self, portion: _Portion[Any], value: _Value | None) -> None:
         self._done += len(portion.items)
@@ -704,8 +718,9 @@ class _Show(Closing):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        took, workers = time.monotonic() - self._begin, len(self._crew.known)
-        log.info("%s: %d in %.1f s, %.1f a second, %d workers", self._what, self._done, took, self.rate, workers)
+        took, workers = self._seconds_at_work, len(self._crew.known)
+        said = f"{self._what}: {self._done} in {took:.1f} s, {self.rate:.1f} a second, {workers} workers"
+        log.info("%s, ready after %.1f s", said, time.monotonic() - self._opened - took)
 
 
 # ---------------------------------------------------------------------- Ray

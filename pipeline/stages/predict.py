@@ -54,6 +54,7 @@ class Masks(Protocol):
     """What predicts: a ``Predictor``, or what stands for one that is elsewhere."""
 
     card: ModelCard
+    sha256: str
     batch: int
     streams: int
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -261,6 +262,19 @@ def test_what_a_cluster_lacks(fleet: Fleet, tmp_path: Path, monkeypatch: pytest.
 
 def no_driver() -> Predictor:
     raise UnsupportedError("this machine has no NVIDIA driver")
+
+
+def test_stragglers_are_named(cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("pipeline.fleet.STRAGGLING_SECONDS", 0.5)
+
+    def slow_at(places: Sequence[int], again: bool) -> list[int]:
+        time.sleep(2 if 3 in places else 0.01)
+        return list(places)
+
+    with Fleet(workers=1) as fleet, caplog.at_level("INFO", "pipeline.fleet"):
+        assert list(fleet.in_order(slow_at, range(4), "counting", size=1)) == [[0], [1], [2], [3]]
+    assert "straggler: 3 on " in caplog.text
+    assert "counting: 4 in " in caplog.text
 
 
 def test_gpus_of_several_types_are_named() -> None:
