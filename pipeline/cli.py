@@ -628,7 +628,7 @@ def predict(
         float | None, typer.Option(help="Seconds that a request to the server may take.", show_default="60")
     ] = None,
     precision: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option("-p", "--precision", help="Of an engine of MODEL.onnx for the GPU there is, built on first use."),
     ] = None,
     calibration_cache: Annotated[Path | None, typer.Option(help="TensorRT calibration cache, for -p int8.")] = None,
@@ -655,12 +655,12 @@ def predict(
     options: dict[str, Any] = {"trust": trust, "batch": batch, "tile": tile, "overlap": overlap, "streams": streams}
     source = model if server is None else _served(server, model, timeout)
     opens, identity = functools.partial(Predictor, source, card, **options), ""
-    if precision is not None:
+    if precision:
         kept = _gpu_engines(model, precision, calibration_cache, engines)
         opens, identity = functools.partial(kept.predictor, card, **options), kept.identity
     wanted = Wanted(output, overwrite, resume, overlays, probabilities)
     with _fleet(distributed, address, workers) as fleet, contextlib.ExitStack() as stack:
-        on_cpu = precision is None and model.suffix == ".onnx"
+        on_cpu = not precision and model.suffix == ".onnx"
         if fleet is not None and not on_cpu:
             predictor: Masks = stack.enter_context(fleet.host_predictor(opens))
         else:
@@ -734,16 +734,16 @@ def _fleet(distributed: bool, address: str | None, workers: int | None) -> Itera
     yield None
 
 
-def _gpu_engines(model: Path, precision: str, cache: Path | None, folder: Path | None) -> GpuEngines:
+def _gpu_engines(model: Path, precisions: Sequence[str], cache: Path | None, folder: Path | None) -> GpuEngines:
     from pipeline.config import EngineConfig
     from pipeline.errors import ConfigError
     from pipeline.gpu_engines import GpuEngines
 
-    chosen = _precision(precision)
-    if model.suffix != ".onnx" or chosen == "mixed":
+    chosen, *others = (_precision(name) for name in precisions)
+    if model.suffix != ".onnx" or chosen == "mixed" or others:
         raise ConfigError(
-            f"-p {precision} builds no engine of {model}",
-            expected="-p fp32, fp16 or int8 of a clean ONNX file",
+            f"-p {' -p '.join(precisions)} builds no engine of {model}",
+            expected="one of fp32, fp16 and int8, and a clean ONNX file",
             fix="leave -p out for an engine, which has a precision",
         )
     kept = (folder or model.parent / "engines").absolute()

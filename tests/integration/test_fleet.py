@@ -23,10 +23,11 @@ from PIL import Image
 from pipeline.artifacts import ModelCard, from_json, sha256_file
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.calibration.report import CalibrationReport
+from pipeline.cli import _fleet, _gpu_engines
 from pipeline.config import CalibrateConfig, ClassConfig, PreprocessingConfig, Tolerance, ValidateConfig
 from pipeline.data.dataset import image_folder
 from pipeline.errors import BuildFolderError, ConfigError, DataError, EngineError, ModelError, UnsupportedError
-from pipeline.fleet import Fleet, Part, _check_shared, _mixed, _Opened, _Portions, _Raised
+from pipeline.fleet import Fleet, Part, _check_shared, _connect, _mixed, _Opened, _Portions, _Raised
 from pipeline.graph.io import write_card
 from pipeline.predictor import Prediction, Predictor
 from pipeline.reports import Candidate
@@ -185,14 +186,14 @@ def test_the_command_makes_what_one_process_makes(cluster: str, files: Path, tmp
     assert lines(one) == lines(many)
 
 
-def judged(files: Path, folder: Path, fleet: Fleet | None, hosted: bool = False) -> dict[str, Any]:
+def judged(files: Path, folder: Path, fleet: Fleet | None) -> dict[str, Any]:
     """The verdict without its seconds, and what lies in its folder."""
     folder.mkdir()
     config = ValidateConfig(tolerances={"fp16": Tolerance(atol=1, rtol=1)}, pictures=2, saved_runs=1)
     what = Candidate("fp16", True, "ONNX Runtime", "0", None, None)
     opens = functools.partial(OnnxRuntimeRunner, files / "other.onnx")
     dataset = image_folder(files / "images", "rgb", files / "labels", CARD)
-    candidate = fleet.host_runner(opens, count=1) if fleet is not None and hosted else opens()
+    candidate = opens() if fleet is None else fleet.host_runner(opens, count=1)
     with OnnxRuntimeRunner(files / "clean.onnx") as reference, candidate:
         report = validate(reference, candidate, what, dataset, CARD, config, folder, fleet=fleet)
     drawn = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
@@ -200,15 +201,11 @@ def judged(files: Path, folder: Path, fleet: Fleet | None, hosted: bool = False)
     return {**asdict(report), "seconds": 0, "drawn": drawn, "files": names}
 
 
-def test_a_verdict_is_equal_to_the_last_bit_with_any_number_of_workers(
-    cluster: str, files: Path, tmp_path: Path
-) -> None:
+def test_a_verdict_is_equal_to_the_last_bit(fleet: Fleet, files: Path, tmp_path: Path) -> None:
     alone = judged(files, tmp_path / "alone", None)
     assert len(alone["images"]) == IMAGES
     assert alone["outputs"]["logits"]["mean_abs"] > 0
-    with Fleet(workers=1) as one, Fleet(workers=2) as two:
-        assert judged(files, tmp_path / "one", one) == alone
-        assert judged(files, tmp_path / "two", two, hosted=True) == alone
+    assert judged(files, tmp_path / "fleet", fleet) == alone
 
 
 def test_histograms_merge_to_those_of_one_process(fleet: Fleet, files: Path, tmp_path: Path) -> None:
@@ -292,9 +289,13 @@ def test_bad_addresses_and_options(files: Path, tmp_path: Path, unet_trt: Comman
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         result = unet_trt(*given, "--distributed", "--address", address)
     fails(result, 2, f"no Ray cluster answers at {address}", "Connection refused", "leave --address out")
-    fails(unet_trt(*given, "--distributed", "--address", "ray://head"), 2, "'ray://head' is no address", "HOST:PORT")
-    fails(unet_trt(*given, "--workers", "2"), 2, "--workers is for a run on Ray", "add --distributed")
     assert not (tmp_path / "working" / "masks").exists()
+    with pytest.raises(ConfigError, match=r"'ray://head' is no address of a cluster"):
+        _connect(ray, "ray://head")
+    with pytest.raises(ConfigError, match="--workers is for a run on Ray"), _fleet(False, None, 2):
+        pass
+    with pytest.raises(ConfigError, match=r"-p mixed builds no engine of m\.onnx"):
+        _gpu_engines(Path("m.onnx"), ["mixed"], None, None)
 
 
 def test_ray_is_imported_for_fleets_alone(files: Path, tmp_path: Path) -> None:
