@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,8 @@ import yaml
 from PIL import Image
 
 from pipeline.data.synthetic import draw_cells
+from tests.forking import REPOSITORY, Server, run_afresh
 
-REPOSITORY = Path(__file__).parent.parent
 SIZE = 64
 
 
@@ -90,23 +88,26 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--afresh", action="store_true", help="start a Python for every command; slow, as a user has it")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
 @pytest.fixture
-def unet_trt(tmp_path: Path) -> Callable[..., Result]:
+def unet_trt(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Callable[..., Result]:
     """Runs ``unet-trt`` as a user does: a process of its own, in an empty working folder, output captured."""
     working = tmp_path / "working"
     working.mkdir(exist_ok=True)
 
     def call(*arguments: str | Path, cwd: Path = working, **environment: str) -> Result:
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline", *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
+        afresh = "PYTHONPATH" in environment or request.config.getoption("--afresh")
+        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+        return Result(*(run_afresh if afresh else server.run)([*map(str, arguments)], cwd, variables))
 
     return call
 

@@ -76,8 +76,7 @@ def load(path: Path) -> Any:
 
 def test_cityscapes_from_training_to_another_machine(cityscapes: Path, tmp_path: Path, unet_trt: Command) -> None:
     config, weights = REPOSITORY / "configs" / "cityscapes.yaml", tmp_path / "fcn8s.safetensors"
-    # One thread: networks this small gain nothing by more.
-    data = {"CITYSCAPES_ROOT": str(cityscapes), "OMP_NUM_THREADS": "1"}
+    data = {"CITYSCAPES_ROOT": str(cityscapes)}
     trained = unet_trt("train", "-c", config, "-o", weights, *chosen(*SMALL, *RECIPE), **data)
     assert trained.code == 0, trained
     assert "12 training images, judged on 2 validation images" in weights.with_suffix(".md").read_text()
