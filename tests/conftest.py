@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import yaml
 from PIL import Image
 
 from pipeline.data.synthetic import draw_cells
-from tests.forking import REPOSITORY, Server, run_afresh
+from tests.forking import ONE_THREAD, REPOSITORY, Server, give_sessions_one_thread, run_afresh
 
 SIZE = 64
 
@@ -51,8 +53,7 @@ def write_images(folder: Path, seeds: range) -> None:
         Image.fromarray(label).save(folder / "labels" / f"{seed:03d}.png")
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
+def make_project(root: Path) -> Project:
     torch = pytest.importorskip("torch", reason="torch is not installed: nothing to export")
     from safetensors.torch import save_file
 
@@ -60,9 +61,9 @@ def project(tmp_path: Path) -> Project:
 
     torch.manual_seed(0)
     network = UNet(1, 4, 4)
-    save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    write_images(tmp_path / "data" / "train", range(6))
-    write_images(tmp_path / "data" / "val", range(100, 103))
+    save_file(network.state_dict(), root / "weights.safetensors")
+    write_images(root / "data" / "train", range(6))
+    write_images(root / "data" / "val", range(100, 103))
     classes = [
         {"name": name, "colour": [i * 60, 20, 90]} for i, name in enumerate(("background", "body", "rim", "core"))
     ]
@@ -84,12 +85,45 @@ def project(tmp_path: Path) -> Project:
         "calibrate": {"images": 4},
         "benchmark": {"seconds": 0.05, "warmup_seconds": 0.01},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    return Project(tmp_path)
+    (root / "config.yaml").write_text(yaml.safe_dump(settings))
+    return Project(root)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return make_project(tmp_path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers that share the cores take one thread each; what they start inherits it."""
+    if config.getoption("numprocesses", None):
+        os.environ.update({**ONE_THREAD, **os.environ})
+    if hasattr(config, "workerinput"):
+        give_sessions_one_thread()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--afresh", action="store_true", help="start a Python for every command; slow, as a user has it")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder of a test run, filled by whichever worker needs it first; tests only read it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def filled(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return filled
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +144,20 @@ def unet_trt(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> 
         return Result(*(run_afresh if afresh else server.run)([*map(str, arguments)], cwd, variables))
 
     return call
+
+
+@pytest.fixture
+def clean(once: Callable[..., Path], server: Server, project: Project) -> Path:
+    """The clean graph of the project, where ``unet-trt clean`` puts it."""
+
+    def fill(folder: Path) -> None:
+        command = ["clean", "-c", str(make_project(folder).config)]
+        code, _, err = server.run(command, folder, {**os.environ, "PYTHONPATH": str(REPOSITORY)})
+        assert code == 0, err
+
+    target = project.root / "working" / "build" / "tiny" / "clean" / "model.onnx"
+    target.parent.mkdir(parents=True)
+    return shutil.copy(once("project", fill) / target.relative_to(project.root / "working"), target)
 
 
 @pytest.fixture(autouse=True)

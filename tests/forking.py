@@ -27,24 +27,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import onnxruntime as ort
+
 REPOSITORY = Path(__file__).parent.parent
 SECONDS = 300
 # Several tests run at once, and only a process of one thread can be forked safely.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-HEAVY = (
-    "numpy",
-    "onnx",
-    "onnx_graphsurgeon",
-    "onnxruntime",
-    "PIL.Image",
-    "pydantic.main",
-    "rich.table",
-    "typer",
-    "yaml",
-)
+HEAVY = ("numpy", "onnx", "onnx_graphsurgeon", "PIL.Image", "pydantic.main", "rich.table", "typer", "yaml")
 OPTIONAL = ("torch", "safetensors.torch", "tensorrt_rtx")
-
-
 Ended = tuple[int, str, str]
 
 
@@ -93,8 +83,20 @@ class Server:
         self._process.communicate()
 
 
+def give_sessions_one_thread() -> None:
+    """ONNX Runtime, which reads no variable for it, starts a thread per core and lets them spin between operators."""
+
+    class SessionOptions(ort.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    ort.SessionOptions = SessionOptions
+
+
 def main() -> None:
     _import_all()
+    give_sessions_one_thread()
     threads = list(Path("/proc/self/task").iterdir())
     assert len(threads) == 1, f"{len(threads)} threads: a fork would lose all but one"
     gc.freeze()  # what the forks need not look through, nor copy

@@ -21,14 +21,9 @@ from pipeline.data.synthetic import draw_cells
 from tests.conftest import REPOSITORY, Project, Result
 
 Command = Callable[..., Result]
-FREE = "{min: 16, opt: 512, max: 2048}"
+FREE = "{min: 16, opt: 512, max: 1024}"
 SIZES = ["--set", "export.dynamic=[height,width]"]
 SIZES += [f for axis in ("height", "width") for f in ("--set", f"engine.profile.{axis}={FREE}")]
-
-
-@pytest.fixture
-def clean(project: Project, unet_trt: Command) -> Path:
-    return project.root / "working" / unet_trt("clean", "-c", project.config).out.strip()
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -138,7 +133,7 @@ def test_an_interrupted_run_leaves_whole_files(project: Project, unet_trt: Comma
     images, masks = project.root / "images", project.root / "masks"
     images.mkdir()
     for seed in range(4):
-        Image.fromarray(draw_cells(seed, 600)[0]).save(images / f"{seed}0.png")
+        Image.fromarray(draw_cells(seed, 300)[0]).save(images / f"{seed}0.png")
         for copy in range(1, 20):
             (images / f"{seed}{copy}.png").hardlink_to(images / f"{seed}0.png")
     command = [sys.executable, "-m", "pipeline", "predict", str(clean), str(images), "-o", str(masks)]

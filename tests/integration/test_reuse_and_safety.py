@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.conftest import Project, Result
@@ -51,11 +50,6 @@ def test_edited_factory_runs_again(project: Project, unet_trt: Command) -> None:
     broken = unet_trt("export", "-c", project.config)
     assert broken.code == 2
     assert "mynet:make cannot be imported" in broken.err
-
-
-@pytest.fixture
-def clean(project: Project, unet_trt: Command) -> Path:
-    return project.root / "working" / unet_trt("clean", "-c", project.config, "--quiet").out.strip()
 
 
 def test_validation_never_replaces_a_users_folder(project: Project, unet_trt: Command, clean: Path) -> None:

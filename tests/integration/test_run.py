@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,25 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY, Project, Result
+from tests.forking import run_afresh
 
 Command = Callable[..., Result]
 FEW = ["--set", "validate.images=3", "--set", "calibrate.images=4", "--set", "validate.pictures=1"]
+FEW += ["--set", "benchmark.seconds=0.3", "--set", "benchmark.warmup_seconds=0.1"]
 
 
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    build = tmp_path_factory.mktemp("cells")
+@pytest.fixture(scope="session")
+def cells(once: Callable[..., Path]) -> tuple[Path, Result]:
+    """In a Python of its own."""
     pytest.importorskip("torch", reason="torch is not installed: nothing to export")
-    command = [sys.executable, "-m", "pipeline", "run", "-c", REPOSITORY / "configs" / "cells.yaml"]
-    done = subprocess.run(
-        [*command, "--build-dir", build, *FEW], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    return build / "cells", Result(done.returncode, done.stdout, done.stderr)
+
+    def fill(folder: Path) -> None:
+        command = ["run", "-c", str(REPOSITORY / "configs" / "cells.yaml"), "--build-dir", str(folder), *FEW]
+        result = Result(*run_afresh(command, REPOSITORY, os.environ))
+        (folder / "result.json").write_text(json.dumps(asdict(result)))
+
+    folder = once("cells", fill)
+    return folder / "cells", Result(**load(folder / "result.json"))
 
 
 def load(path: Path) -> Any:
