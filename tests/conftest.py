@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,33 +129,58 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def execute(request: pytest.FixtureRequest) -> Iterator[Callable[..., Result]]:
+    """Runs ``unet-trt`` with arguments in a folder, in a process of its own, output captured.
+
+    A fork of one that has imported the libraries already, or, if asked for, a Python that starts ``afresh``.
+    """
+    always = request.config.getoption("--afresh")
     with Server() as server:
-        yield server
+
+        def run(arguments: Sequence[str | Path], cwd: Path, *, afresh: bool = False, **environment: str) -> Result:
+            variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+            ended = (run_afresh if afresh or always else server.run)([*map(str, arguments)], cwd, variables)
+            return Result(*ended)
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def run_once(once: Callable[..., Path], execute: Callable[..., Result]) -> Callable[..., tuple[Path, Result]]:
+    """The build folder and the output of a shipped config's whole run."""
+
+    def run(config: str, *settings: str, afresh: bool = False) -> tuple[Path, Result]:
+        def fill(folder: Path) -> None:
+            arguments = ["run", "-c", REPOSITORY / "configs" / f"{config}.yaml", "--build-dir", folder]
+            arguments += [part for setting in settings for part in ("--set", setting)]
+            result = execute(arguments, REPOSITORY, afresh=afresh)
+            (folder / "result.json").write_text(json.dumps(asdict(result)))
+
+        folder = once(config, fill)
+        return folder / config, Result(**json.loads((folder / "result.json").read_text()))
+
+    return run
 
 
 @pytest.fixture
-def unet_trt(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Callable[..., Result]:
-    """Runs ``unet-trt`` as a user does: a process of its own, in an empty working folder, output captured."""
+def unet_trt(execute: Callable[..., Result], tmp_path: Path) -> Callable[..., Result]:
+    """``unet-trt`` as a user runs it, in an empty working folder."""
     working = tmp_path / "working"
     working.mkdir(exist_ok=True)
 
-    def call(*arguments: str | Path, cwd: Path = working, **environment: str) -> Result:
-        afresh = "PYTHONPATH" in environment or request.config.getoption("--afresh")
-        variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-        return Result(*(run_afresh if afresh else server.run)([*map(str, arguments)], cwd, variables))
+    def call(*arguments: str | Path, cwd: Path = working, **options: Any) -> Result:
+        return execute(arguments, cwd, **options)
 
     return call
 
 
 @pytest.fixture
-def clean(once: Callable[..., Path], server: Server, project: Project) -> Path:
+def clean(once: Callable[..., Path], execute: Callable[..., Result], project: Project) -> Path:
     """The clean graph of the project, where ``unet-trt clean`` puts it."""
 
     def fill(folder: Path) -> None:
-        command = ["clean", "-c", str(make_project(folder).config)]
-        code, _, err = server.run(command, folder, {**os.environ, "PYTHONPATH": str(REPOSITORY)})
-        assert code == 0, err
+        result = execute(["clean", "-c", make_project(folder).config], folder)
+        assert result.code == 0, result
 
     target = project.root / "working" / "build" / "tiny" / "clean" / "model.onnx"
     target.parent.mkdir(parents=True)

@@ -64,7 +64,7 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(tmp_path_factory: pytest.TempPathFactory, execute: Command) -> Made:
     from models.unet import UNet
 
     root = tmp_path_factory.mktemp("made")
@@ -79,15 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     onnx.save(raw, root / "raw.onnx")
     clean(root / "raw.onnx", root / "clean.onnx", None, 1e-5)
     arguments = ["calibrate", root / "clean.onnx", "--images", root / "images", "-o", root / "x.cache"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    result = Result(done.returncode, done.stdout, done.stderr)
-    return Made(root / "clean.onnx", root / "images", root / "x.cache", result)
+    return Made(root / "clean.onnx", root / "images", root / "x.cache", execute(arguments, REPOSITORY))
 
 
 def names(folder: Path) -> list[str]:

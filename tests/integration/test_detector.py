@@ -30,13 +30,9 @@ FEW = ("validate.images=8", "calibrate.images=16", "benchmark.seconds=0.05", "be
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    folder = tmp_path_factory.mktemp("detector")
-    sets = [part for setting in FEW for part in ("--set", setting)]
-    command = [sys.executable, "-m", "pipeline", "run", "-c", CONFIG, "--build-dir", folder, *sets]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return folder / "detector", Result(done.returncode, done.stdout, done.stderr)
+@pytest.fixture(scope="session")
+def build(run_once: Callable[..., tuple[Path, Result]]) -> tuple[Path, Result]:
+    return run_once("detector", *FEW)
 
 
 def load(path: Path) -> Any:

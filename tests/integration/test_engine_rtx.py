@@ -160,8 +160,10 @@ BUILD = """
 import logging
 import sys
 from pathlib import Path
+from pipeline.backends import tensorrt_rtx
 from pipeline.config import EngineConfig
 from pipeline.stages.engine import build_engine_file
+tensorrt_rtx.api()
 source, target = map(Path, sys.argv[1:])
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 print("ready", flush=True)

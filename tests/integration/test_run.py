@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +17,17 @@ import onnx
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY, Project, Result
-from tests.forking import run_afresh
+from tests.conftest import Project, Result
 
 Command = Callable[..., Result]
-FEW = ["--set", "validate.images=3", "--set", "calibrate.images=4", "--set", "validate.pictures=1"]
-FEW += ["--set", "benchmark.seconds=0.3", "--set", "benchmark.warmup_seconds=0.1"]
+FEW = ("validate.images=3", "calibrate.images=4", "validate.pictures=1")
+FEW += ("benchmark.seconds=0.3", "benchmark.warmup_seconds=0.1")
 
 
 @pytest.fixture(scope="session")
-def cells(once: Callable[..., Path]) -> tuple[Path, Result]:
-    """In a Python of its own."""
+def cells(run_once: Callable[..., tuple[Path, Result]]) -> tuple[Path, Result]:
     pytest.importorskip("torch", reason="torch is not installed: nothing to export")
-
-    def fill(folder: Path) -> None:
-        command = ["run", "-c", str(REPOSITORY / "configs" / "cells.yaml"), "--build-dir", str(folder), *FEW]
-        result = Result(*run_afresh(command, REPOSITORY, os.environ))
-        (folder / "result.json").write_text(json.dumps(asdict(result)))
-
-    folder = once("cells", fill)
-    return folder / "cells", Result(**load(folder / "result.json"))
+    return run_once("cells", *FEW, afresh=True)
 
 
 def load(path: Path) -> Any:

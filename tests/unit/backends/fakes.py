@@ -15,12 +15,36 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.artifacts import Device
+from pipeline.artifacts import Device, EngineManifest, TensorSpec, sha256_bytes
 from pipeline.backends import cuda
 from pipeline.backends.trt_api import DTYPES
 from pipeline.errors import EngineError
 
 DEVICE = Device("Fake GPU", "8.6", "550.1")
+PLAN = b"plan"
+
+
+def plan_manifest(**changes: Any) -> EngineManifest:
+    """Of ``PLAN``, an engine built on the fake GPU with the fake library."""
+    fields: dict[str, Any] = {
+        "engine_sha256": sha256_bytes(PLAN),
+        "onnx_sha256": "0" * 64,
+        "cache_sha256": None,
+        "precision": "fp16",
+        "route": "implicit",
+        "backend": "tensorrt",
+        "backend_version": "1.2.3",
+        "device": DEVICE,
+        "target_capabilities": (),
+        "inputs": (TensorSpec("x", ("batch", 2), "float32"),),
+        "outputs": (TensorSpec("y", ("batch", 2), "float32"),),
+        "profiles": {},
+        "card": None,
+        "build_seconds": 1.0,
+        "timing_cache": "none",
+        "created": "2026-11-21T00:00:00+00:00",
+    }
+    return EngineManifest(**{**fields, **changes})
 
 
 class FakeCuda:

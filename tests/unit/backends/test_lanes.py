@@ -13,13 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline import engines
-from pipeline.artifacts import EngineManifest, ModelCard, Profile, TensorSpec, sha256_bytes, to_json
+from pipeline.artifacts import ModelCard, Profile, TensorSpec, to_json
 from pipeline.backends.lanes import EngineLane, Lanes
 from pipeline.backends.runner import EngineRunner
 from pipeline.config import ClassConfig, PreprocessingConfig
 from pipeline.errors import EngineError, ModelError
 from pipeline.predictor import Predictor
-from tests.unit.backends.fakes import DEVICE, FakeCuda, Network, fake_trt
+from tests.unit.backends.fakes import PLAN, FakeCuda, Network, fake_trt, plan_manifest
 
 SIZE = 8
 CLASSES = tuple(ClassConfig(name=name, colour=(9, 9, 9)) for name in ("dark", "bright"))
@@ -53,7 +53,7 @@ def network(request: pytest.FixtureRequest) -> Network:
 @pytest.fixture
 def predictor(gpu: FakeCuda) -> Callable[..., Predictor]:
     def make(network: Network, **keys: Any) -> Predictor:
-        return Predictor(EngineRunner(fake_trt(gpu, network), b"plan"), CARD, **keys)
+        return Predictor(EngineRunner(fake_trt(gpu, network), PLAN), CARD, **keys)
 
     return make
 
@@ -71,7 +71,7 @@ def balanced(gpu: FakeCuda) -> bool:
 @pytest.mark.parametrize("refuse", [False, True])
 def test_a_lane_allocates_nothing_in_the_steady_state(gpu: FakeCuda, refuse: bool) -> None:
     gpu.refuse_capture = refuse
-    lane = EngineLane(EngineRunner(fake_trt(gpu, FREE), b"plan"))
+    lane = EngineLane(EngineRunner(fake_trt(gpu, FREE), PLAN))
     for shape, runs in (((2, 8, 8, 1), 6), ((3, 4, 4, 1), 1), ((1, 16, 16, 1), 4)):
         for run in range(runs):
             if run == 2:
@@ -89,7 +89,7 @@ def test_a_lane_allocates_nothing_in_the_steady_state(gpu: FakeCuda, refuse: boo
 
 def test_a_lane_outlives_refused_shapes_and_failed_runs(gpu: FakeCuda) -> None:
     trt = fake_trt(gpu, FREE)
-    lane = EngineLane(EngineRunner(trt, b"plan"))
+    lane = EngineLane(EngineRunner(trt, PLAN))
     with pytest.raises(EngineError, match="was not built for"):
         lane.memory((9, 8, 8, 1))
     lane.memory((1, 8, 8, 1))[:] = 200
@@ -159,24 +159,12 @@ def test_an_engines_manifest_says_what_to_feed(
 
     network = dataclasses.replace(FREE, compute=compute)
     monkeypatch.setattr(engines, "APIS", {"tensorrt": lambda: fake_trt(gpu, network)})
-    (tmp_path / "model.engine").write_bytes(b"plan")
-    manifest = EngineManifest(
-        engine_sha256=sha256_bytes(b"plan"),
-        onnx_sha256="0" * 64,
-        cache_sha256=None,
-        precision="fp16",
-        route="implicit",
-        backend="tensorrt",
-        backend_version="1.2.3",
-        device=DEVICE,
-        target_capabilities=(),
+    (tmp_path / "model.engine").write_bytes(PLAN)
+    manifest = plan_manifest(
         inputs=(TensorSpec("x", ("n", "h", "w", 1), "uint8"),),
         outputs=(TensorSpec("y", ("n", "h", "w"), "uint8"),),
         profiles={"x": Profile(*FREE.profile)},
         card=CARD,
-        build_seconds=1.0,
-        timing_cache="none",
-        created="2026-11-21T00:00:00+00:00",
         multiples={"h": 3, "width": 5},
         aligns_corners=True,
     )
@@ -194,7 +182,7 @@ def test_an_engine_without_manifest_needs_trust_and_a_card(
 ) -> None:
     monkeypatch.setattr(engines, "APIS", {"tensorrt": lambda: fake_trt(gpu, FIXED)})
     path = tmp_path / "model.engine"
-    path.write_bytes(b"plan")
+    path.write_bytes(PLAN)
     with pytest.raises(EngineError, match=r"there is no .*manifest\.json"):
         Predictor(path, CARD)
     with pytest.raises(ModelError, match="does not say how images are preprocessed"):
@@ -217,13 +205,13 @@ def test_less_memory_means_fewer_lanes(gpu: FakeCuda, predictor: Callable[..., P
         return runtimes[-1]
 
     trt.Runtime = runtime
-    lanes = Lanes(EngineRunner(trt, b"plan"), 5)
+    lanes = Lanes(EngineRunner(trt, PLAN), 5)
     assert [lanes.take(wait=False) is None for _ in range(3)] == [False, False, True]
     assert lanes.most == 2
 
 
 def test_lent_lanes_are_closed_when_they_come_back(gpu: FakeCuda) -> None:
-    lanes = Lanes(EngineRunner(fake_trt(gpu, FIXED), b"plan"), 1)
+    lanes = Lanes(EngineRunner(fake_trt(gpu, FIXED), PLAN), 1)
     lane = lanes.take(wait=True)
     assert lane is not None
     lane.memory(FIXED.shape)[:] = 255

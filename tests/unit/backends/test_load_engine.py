@@ -6,13 +6,11 @@ import logging
 import pytest
 
 from pipeline import engines
-from pipeline.artifacts import Device, EngineManifest, TensorSpec, sha256_bytes, to_json
+from pipeline.artifacts import Device, to_json
 from pipeline.backends import cuda
 from pipeline.engines import load_engine, read_manifest
 from pipeline.errors import EngineError, UnsupportedError
-from tests.unit.backends.fakes import DEVICE, FakeCuda, fake_trt
-
-PLAN = b"plan"
+from tests.unit.backends.fakes import PLAN, FakeCuda, fake_trt, plan_manifest
 
 
 @pytest.fixture
@@ -27,26 +25,8 @@ def engine(trt, tmp_path):
     """A loadable engine; calling it changes the manifest."""
 
     def write(**changes):
-        manifest = EngineManifest(
-            engine_sha256=sha256_bytes(PLAN),
-            onnx_sha256="0" * 64,
-            cache_sha256=None,
-            precision="fp16",
-            route="implicit",
-            backend="tensorrt",
-            backend_version="1.2.3",
-            device=DEVICE,
-            target_capabilities=(),
-            inputs=(TensorSpec("x", ("batch", 2), "float32"),),
-            outputs=(TensorSpec("y", ("batch", 2), "float32"),),
-            profiles={},
-            card=None,
-            build_seconds=1.0,
-            timing_cache="none",
-            created="2026-11-21T00:00:00+00:00",
-        )
         (tmp_path / "model.engine").write_bytes(PLAN)
-        values = {**json.loads(to_json(manifest)), **changes}
+        values = {**json.loads(to_json(plan_manifest())), **changes}
         (tmp_path / "manifest.json").write_text(json.dumps(values))
         return tmp_path / "model.engine"
 
