@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -134,13 +135,12 @@ def execute(request: pytest.FixtureRequest) -> Iterator[Callable[..., Result]]:
 
     A fork of one that has imported the libraries already, or, if asked for, a Python that starts ``afresh``.
     """
-    always = request.config.getoption("--afresh")
-    with Server() as server:
+    with contextlib.ExitStack() as stack:
+        usual = run_afresh if request.config.getoption("--afresh") else stack.enter_context(Server()).run
 
         def run(arguments: Sequence[str | Path], cwd: Path, *, afresh: bool = False, **environment: str) -> Result:
             variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-            ended = (run_afresh if afresh or always else server.run)([*map(str, arguments)], cwd, variables)
-            return Result(*ended)
+            return Result(*(run_afresh if afresh else usual)([*map(str, arguments)], cwd, variables))
 
         yield run
 

@@ -34,7 +34,7 @@ SECONDS = 300
 # Several tests run at once, and only a process of one thread can be forked safely.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 HEAVY = ("numpy", "onnx", "onnx_graphsurgeon", "PIL.Image", "pydantic.main", "rich.table", "typer", "yaml")
-OPTIONAL = ("torch", "safetensors.torch", "tensorrt_rtx")
+OPTIONAL = ("torch", "safetensors.torch")
 Ended = tuple[int, str, str]
 
 
@@ -73,8 +73,9 @@ class Server:
             out, err = Path(folder, "out"), Path(folder, "err")
             request = {"arguments": arguments, "cwd": str(cwd), "out": str(out), "err": str(err)}
             print(json.dumps({**request, "environment": dict(environment)}), file=self._process.stdin, flush=True)
-            code = int(self._process.stdout.readline())
-            return code, out.read_text(), err.read_text()
+            answer = self._process.stdout.readline()
+            assert answer, "the server has ended; standard error says why"
+            return int(answer), out.read_text(), err.read_text()
 
     def __enter__(self) -> Server:
         return self
@@ -98,7 +99,7 @@ def main() -> None:
     _import_all()
     give_sessions_one_thread()
     threads = list(Path("/proc/self/task").iterdir())
-    assert len(threads) == 1, f"{len(threads)} threads: a fork would lose all but one"
+    assert len(threads) == 1, f"{len(threads)} threads, of which a fork would keep one: run pytest with --afresh"
     gc.freeze()  # what the forks need not look through, nor copy
     for line in sys.stdin:
         child = os.fork()

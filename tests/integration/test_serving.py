@@ -74,21 +74,13 @@ class Served:
         return f"{self.triton.server(scheme)}/{model}"
 
 
-def command(*arguments: str | Path, cwd: Path) -> Result:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+@pytest.fixture(scope="session")
+def command(execute: Callable[..., Result]) -> Callable[..., Result]:
+    return lambda *arguments, cwd: execute(arguments, cwd)
 
 
 @pytest.fixture(scope="module")
-def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packaged(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     """A folder with ``build`` and ``repository``: cells in FP32 and INT8, for Triton's Python backend."""
     root = tmp_path_factory.mktemp("serving")
     config = yaml.safe_load((REPOSITORY / "configs" / "cells.yaml").read_text())
@@ -174,7 +166,7 @@ def statistics(served: Served) -> dict[str, int]:
         return dict(json.load(answer)["model_stats"][0])
 
 
-def test_command_writes_what_local_prediction_writes(served: Served, tmp_path: Path) -> None:
+def test_command_writes_what_local_prediction_writes(served: Served, tmp_path: Path, command: Command) -> None:
     for place, image in enumerate(cells(3)):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "images" / f"{place}.png")
@@ -263,7 +255,7 @@ def test_malformed_requests_leave_the_server_as_it_was(served: Served) -> None:
 
 
 @pytest.mark.triton
-def test_triton_with_its_own_onnx_runtime(packaged: Path, tmp_path: Path) -> None:
+def test_triton_with_its_own_onnx_runtime(packaged: Path, tmp_path: Path, command: Command) -> None:
     if not (triton_home() / "backends" / "onnxruntime").is_dir():
         pytest.skip(f"{triton_home()} has no onnxruntime backend: set TRITON_HOME to a full Triton")
     made = command(*PACKAGE, "-p", "fp32", "--format", "triton", "-o", tmp_path / "repository", cwd=packaged)
@@ -309,7 +301,7 @@ def test_servers_of_something_else(handler: type[http.server.BaseHTTPRequestHand
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_no_server_or_the_wrong_port(served: Served, scheme: str, tmp_path: Path) -> None:
+def test_no_server_or_the_wrong_port(served: Served, scheme: str, tmp_path: Path, command: Command) -> None:
     other = served.triton.grpc if scheme == "http" else served.triton.http
     for place in (f"127.0.0.1:{free_port()}", "no-such-host.invalid:8000", other):
         with pytest.raises(ServerError, match="cannot be reached"):
@@ -324,7 +316,7 @@ def test_no_server_or_the_wrong_port(served: Served, scheme: str, tmp_path: Path
     assert not (tmp_path / "masks").exists()
 
 
-def test_repository_is_checked_and_kept(packaged: Path) -> None:
+def test_repository_is_checked_and_kept(packaged: Path, command: Command) -> None:
     check_model(packaged / "repository" / "cells_int8")
     before = {path: path.read_bytes() for path in (packaged / "repository").rglob("*") if path.is_file()}
     taken = command(*TRITON, "-p", "fp32", "--model-version", "1", cwd=packaged)
@@ -333,7 +325,7 @@ def test_repository_is_checked_and_kept(packaged: Path) -> None:
     assert {path: path.read_bytes() for path in (packaged / "repository").rglob("*") if path.is_file()} == before
 
 
-def test_archive_runs_on_its_own_and_is_the_same_every_time(packaged: Path, tmp_path: Path) -> None:
+def test_archive_runs_on_its_own_and_is_the_same_every_time(packaged: Path, tmp_path: Path, command: Command) -> None:
     for name in ("one", "two"):
         target = tmp_path / name / "cells.zip"
         made = command(*PACKAGE, "-p", "int8", "--format", "zip", "-o", target, cwd=packaged)
