@@ -344,7 +344,7 @@ def test_auto_judges_on_images_that_did_not_choose(static: Path, tmp_path: Path)
     others = [sample for place, sample in enumerate(samples) if place not in (3, 7)]
     calibrate(static, others, MINMAX, SPEC, tmp_path / "others")
     table = read_cache(tmp_path / "others" / "calibration.cache")
-    typed = quantize(load_model(static), table, half=False).SerializeToString()
+    typed = quantize(load_model(static), table, half=False, qdq="shared").SerializeToString()
     with OnnxRuntimeRunner(static) as reference, OnnxRuntimeRunner(typed) as candidate:
         output = reference.outputs[0].name
         equal = []
