@@ -31,7 +31,10 @@ PARAGRAPH = "\n\n"
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 # Classes beside the errors by heading, as (module, name, file).
 PUBLIC = {
-    "Predicting": [("pipeline", name, "pipeline/predictor.py") for name in pipeline.__all__[::-1]],
+    "Predicting": [
+        *(("pipeline", name, "pipeline/predictor.py") for name in pipeline.__all__[::-1]),
+        ("pipeline.backends.gpu_array", "GpuArray", "pipeline/backends/gpu_array.py"),
+    ],
     "Networks": [
         ("models.unet", "UNet", "models/unet.py"),
         ("models.fcn8s", "FCN8s", "models/fcn8s.py"),
@@ -231,7 +234,7 @@ def python_page() -> str:
         NOTE,
         "# Python",
         "",
-        "What programs may import; everything else may change. Arrays are numpy's.",
+        "What programs may import; everything else may change. Arrays are numpy's, but for `GpuArray`.",
         "",
         "```python\nfrom pipeline import Prediction, Predictor\nfrom pipeline.errors import PipelineError\n```",
         "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import ModelCard, Profile, TensorSpec
 from pipeline.backends.base import Runner
-from pipeline.backends.lanes import Lane, Lanes
+from pipeline.backends.gpu_array import GpuArray, GpuView
+from pipeline.backends.lanes import EngineLane, Lane, Lanes
 from pipeline.closing import Closing
 from pipeline.data.pixels import Picture, picture_of_array
 from pipeline.data.preprocessing import (
@@ -30,7 +31,7 @@ from pipeline.data.preprocessing import (
     restore_planes,
 )
 from pipeline.data.tiles import Span, padded, spans
-from pipeline.errors import ConfigError, ModelError, UnsupportedError
+from pipeline.errors import ConfigError, DataError, ModelError, UnsupportedError
 from pipeline.graph.deployment import output_kind
 from pipeline.opening import facts_of, open_model, read_facts, required_card
 
@@ -199,6 +200,50 @@ class Predictor(Closing):
             ) from error
         return results
 
+    def predict_on_gpu(self, images: Any) -> GpuArray:
+        """Predict a batch that lies in GPU memory; images and result never pass through the computer's own.
+
+        It returns when the result is there. What still writes to the images, on a stream of the producer's, is waited
+        for on the GPU.
+
+        Args:
+            images: uint8 (N, H, W, C), C-contiguous, on this process's current GPU: of the size that the network sees,
+                with its channels in its order (``card.preprocessing.channels``). Anything that offers DLPack, as
+                tensors of torch, CuPy and JAX do, or version 3 of the CUDA array interface. N is free.
+
+        Returns:
+            The network's output, which offers both and outlives the predictor: labels, uint8 (N, H, W), unchecked,
+            where the graph decides (``clean.output: labels``); else logits or probabilities, (N, classes, H, W).
+
+        Raises:
+            DataError: the images are not on the GPU, or not of this shape, type and layout.
+            ModelError: the model is no engine, or takes no uint8 images (``clean.input: image``).
+            EngineError: the engine or the GPU fails, or the GPU is out of memory.
+            ValueError: the predictor is closed.
+        """
+        if self._source.dtype != "uint8":
+            raise ModelError(
+                f"this model takes {self._source.dtype} tensors that were normalised on the host",
+                expected="a model that takes uint8 images",
+                fix="clean it with --bake-input image (clean.input: image), and build it again; or use predict",
+            )
+        lane = self._lanes.take(wait=True)
+        assert lane is not None
+        try:
+            if not isinstance(lane, EngineLane):
+                raise ModelError(
+                    "this model does not work on memory of the GPU",
+                    expected="an engine",
+                    fix="build one; or use predict",
+                )
+            given = lane.view(images)
+            self._check_on_gpu(given)
+            with self._misfits():
+                return lane.on_gpu(given, max(min(given.shape[0], self.batch), self._least_batch))
+        finally:
+            lane.settle()
+            self._lanes.give(lane)
+
     def close(self) -> None:
         """Release the model and all memory; what other threads are predicting keeps its part until it is done.
 
@@ -211,30 +256,46 @@ class Predictor(Closing):
     def _predict(self, pictures: Sequence[Picture], results: Sequence[Prediction]) -> None:
         whole: list[int] = []
         for index, (picture, result) in enumerate(zip(pictures, results, strict=True)):
-            if self._fits(picture):
+            if self._fits(picture.height, picture.width):
                 whole.append(index)
             else:
                 self._tiled(picture, result)
-        whole.sort(key=lambda index: self._fed(pictures[index]))  # what is fed at one size shares batches
+        # What is fed at one size shares batches.
+        whole.sort(key=lambda index: self._fed(pictures[index].height, pictures[index].width))
         patches = (self._patch(pictures[index]) for index in whole)
         with closing(self._outputs(patches)) as outputs:
             for index, output in zip(whole, outputs, strict=True):
                 self._keep(output, results[index])
 
-    def _fits(self, picture: Picture) -> bool:
+    def _fits(self, height: int, width: int) -> bool:
         if self.card.preprocessing.resize != "none":
             return True
-        return picture.height <= self._axes[0].largest and picture.width <= self._axes[1].largest
+        return height <= self._axes[0].largest and width <= self._axes[1].largest
 
-    def _fed(self, picture: Picture) -> tuple[int, int]:
-        """Height and width that an image is fed at as a whole."""
+    def _fed(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image of this size is fed at as a whole."""
         spec = self.card.preprocessing
         if spec.resize != "none":
             return spec.height, spec.width
-        return self._axes[0].fed(picture.height), self._axes[1].fed(picture.width)
+        return self._axes[0].fed(height), self._axes[1].fed(width)
 
     def _patch(self, picture: Picture) -> Pixels:
-        return padded(fit_image(picture.pixels, self.card.preprocessing), *self._fed(picture))
+        fed = self._fed(picture.height, picture.width)
+        return padded(fit_image(picture.pixels, self.card.preprocessing), *fed)
+
+    def _check_on_gpu(self, images: GpuView) -> None:
+        """Raise DataError where they are not what the network takes, as they are."""
+        spec, shape = self.card.preprocessing, images.shape
+        channels = 1 if spec.channels == "grey" else 3
+        known = images.dtype == "uint8" and len(shape) == 4 and shape[0] > 0 and shape[3] == channels
+        if not known or not self._fits(*shape[1:3]) or self._fed(*shape[1:3]) != shape[1:3]:
+            height, width = (spec.height, spec.width) if spec.resize != "none" else map(str, self._axes)
+            raise DataError(
+                "these images are not as the network takes them, and on the GPU nothing is converted or resized",
+                expected=f"uint8 (N, {height}, {width}, {channels}), channels in the order {spec.channels}",
+                got=f"{images.dtype} {shape}",
+                fix="convert them there, as .permute(0, 2, 3, 1).contiguous() does with (N, C, H, W); or use predict",
+            )
 
     def _keep(self, output: NDArray[Any], result: Prediction) -> None:
         """Write what the network gave for a whole image."""
@@ -344,7 +405,7 @@ class Predictor(Closing):
         takes_images = self._source.dtype == "uint8"
         count = max(len(batch), self._least_batch)
         shape = (count, height, width, channels) if takes_images else (count, channels, height, width)
-        try:
+        with self._misfits():
             memory = lane.memory(shape)
             for index in range(count):
                 patch = batch[min(index, len(batch) - 1)]
@@ -353,6 +414,12 @@ class Predictor(Closing):
                 else:
                     normalise(patch, self.card.preprocessing, memory[index])
             lane.start()
+
+    @contextmanager
+    def _misfits(self) -> Iterator[None]:
+        """What a model says of shapes and types, as the project's own error."""
+        try:
+            yield
         except ValueError as error:
             raise ModelError(
                 f"the model does not take these images: {error}",
@@ -396,6 +463,11 @@ class _Axis:
     def fed(self, size: int) -> int:
         """The size that an image or tile is continued to."""
         return max(self.smallest, -(-size // self.multiple) * self.multiple)
+
+    def __str__(self) -> str:
+        if self.smallest == self.largest:
+            return str(self.largest)
+        return f"{self.smallest}…{self.largest}" + (f" by {self.multiple}" if self.multiple > 1 else "")
 
 
 def _axes(

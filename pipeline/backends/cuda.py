@@ -135,6 +135,12 @@ def call(function: str, *arguments: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
+def copy_within(target: int, source: int, size: int, stream: Stream) -> None:
+    """Start copying ``size`` bytes from one address in GPU memory to another."""
+    kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    call("cudaMemcpyAsync", target, source, size, kind, stream.handle)
+
+
 class Stream:
     """A stream of its own, which does not wait for the default stream."""
 
@@ -150,6 +156,15 @@ class Stream:
     def wait(self, event: Event) -> None:
         """Let what is enqueued from now on wait for an event that another stream has recorded."""
         call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+
+    def follow(self, other: int) -> None:
+        """Let what is enqueued from now on wait for what another stream, by its handle, has been given up to now."""
+        event = Event()
+        try:
+            call("cudaEventRecord", event.handle, other)
+            self.wait(event)
+        finally:
+            event.close()
 
     def close(self) -> None:
         if self.handle is not None:
@@ -225,8 +240,7 @@ class DeviceBuffer(Closing):
         """Start copying all of another buffer, which is no larger."""
         if source.size > self.size:
             raise ValueError(f"needs a buffer of at most {self.size} bytes, got {source.size}")
-        kind = _runtime().cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        call("cudaMemcpyAsync", self.address, source.address, source.size, kind, stream.handle)
+        copy_within(self.address, source.address, source.size, stream)
 
     def clear(self, stream: Stream) -> None:
         """Start filling it with zero bytes."""

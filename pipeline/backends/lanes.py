@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import TensorSpec
 from pipeline.backends import cuda
 from pipeline.backends.base import Runner
+from pipeline.backends.gpu_array import GpuArray, GpuView, view
 from pipeline.backends.remote import RemoteRunner
 from pipeline.backends.runner import EngineRunner
 from pipeline.errors import PipelineError
@@ -106,7 +108,6 @@ class EngineLane:
     on they are one CUDA graph, where the engine can be captured; after it nothing is allocated.
     """
 
-    _batch: NDArray[Any]
     _output: NDArray[Any]
     _input: cuda.DeviceBuffer
     _answer: cuda.DeviceBuffer
@@ -116,22 +117,19 @@ class EngineLane:
         (self._source,), (self._result,) = runner.inputs, runner.outputs
         self._pinned: dict[str, cuda.PinnedArray] = {}
         self._shape: tuple[int, ...] | None = None
-        self._runs = 0
-        self._graph: cuda.Graph | None = None
+        self._batch: NDArray[Any] | None = None
+        self._with_copies = _Repeated(runner, self._enqueue)
+        self._alone = _Repeated(runner, runner.enqueue)
 
     def memory(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        if shape != self._shape:
-            self._bind(shape)
+        self._bind(shape)
+        if self._batch is None:
+            self._output = self._host(self._result, self._runner.shape(self._result.name))
+            self._batch = self._host(self._source, shape)
         return self._batch
 
     def start(self) -> None:
-        self._runs += 1
-        if self._runs == 2:  # TensorRT finishes its set-up of a shape at the first run, which cannot be captured
-            self._graph = self._runner.capture(self._enqueue)
-        if self._graph is not None:
-            self._graph.launch(self._runner.stream)
-        else:
-            self._enqueue()
+        self._with_copies.enqueue()
 
     def finish(self) -> NDArray[Any]:
         self._runner.stream.synchronize()
@@ -141,25 +139,51 @@ class EngineLane:
         with contextlib.suppress(PipelineError):  # it has shown itself where it arose
             self._runner.stream.synchronize()
 
+    def view(self, array: Any) -> GpuView:
+        """An array on the GPU, for ``on_gpu``; see ``pipeline.backends.gpu_array.view``."""
+        return view(array, self._runner.stream)
+
+    def on_gpu(self, images: GpuView, batch: int) -> GpuArray:
+        """The outputs for images in GPU memory, of the input's dtype, once they are there.
+
+        They are copied to the engine's own memory and from it, ``batch`` at a time: that is a small part of an
+        inference, and other addresses would forbid to launch it as a CUDA graph.
+
+        Raises:
+            EngineError, ValueError: as ``memory`` and ``start``.
+        """
+        count, *size = images.shape
+        self._bind((batch, *size))
+        stream, shape = self._runner.stream, self._runner.shape(self._result.name)[1:]
+        taken, given = _bytes(self._source, tuple(size)), _bytes(self._result, shape)
+        result = GpuArray(cuda.DeviceBuffer(count * given), (count, *shape), self._result.dtype)
+        for first in range(0, count, batch):
+            some = min(batch, count - first)
+            cuda.copy_within(self._input.address, images.address + first * taken, some * taken, stream)
+            self._alone.enqueue()
+            cuda.copy_within(result.address + first * given, self._answer.address, some * given, stream)
+        stream.synchronize()
+        return result
+
     def close(self) -> None:
-        self._drop_graph()
+        self._drop_graphs()
         for memory in self._pinned.values():
             memory.close()
         self._pinned = {}
         self._runner.close()
 
     def _bind(self, shape: tuple[int, ...]) -> None:
-        self._shape = None
-        self._drop_graph()
-        self._batch = self._host(self._source, shape)
-        buffers = self._runner.bind({self._source.name: self._batch})
+        if shape == self._shape:
+            return
+        self._shape = self._batch = None
+        self._drop_graphs()
+        buffers = self._runner.bind({self._source.name: np.empty(shape, self._source.dtype)})
         self._input, self._answer = buffers[self._source.name], buffers[self._result.name]
-        self._output = self._host(self._result, self._runner.shape(self._result.name))
-        self._shape, self._runs = shape, 0
+        self._shape = shape
 
     def _host(self, spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
         """Pinned memory of a tensor, which grows where it is too small and never shrinks."""
-        size = math.prod(shape) * np.dtype(spec.dtype).itemsize
+        size = _bytes(spec, shape)
         held = self._pinned.get(spec.name)
         if held is None or held.array.size < size:
             if held is not None:
@@ -169,14 +193,38 @@ class EngineLane:
         return held.array[:size].view(spec.dtype).reshape(shape)
 
     def _enqueue(self) -> None:
+        assert self._batch is not None
         self._input.upload(self._batch, self._runner.stream)
         self._runner.enqueue()
         self._answer.download(self._output, self._runner.stream)
 
-    def _drop_graph(self) -> None:
+    def _drop_graphs(self) -> None:
+        self._with_copies.drop()
+        self._alone.drop()
+
+
+class _Repeated:
+    """What is enqueued on a runner's stream again and again, as one CUDA graph where the engine can be captured."""
+
+    def __init__(self, runner: EngineRunner, work: Callable[[], None]) -> None:
+        self._runner, self._work = runner, work
+        self._runs = 0
+        self._graph: cuda.Graph | None = None
+
+    def enqueue(self) -> None:
+        self._runs += 1
+        if self._runs == 2:  # TensorRT finishes its set-up of a shape at the first run, which cannot be captured
+            self._graph = self._runner.capture(self._work)
+        if self._graph is not None:
+            self._graph.launch(self._runner.stream)
+        else:
+            self._work()
+
+    def drop(self) -> None:
+        """Begin anew, for other shapes."""
         if self._graph is not None:
             self._graph.close()
-            self._graph = None
+        self._graph, self._runs = None, 0
 
 
 class Lanes:
@@ -244,6 +292,10 @@ class Lanes:
         except PipelineError as error:
             self.most = self._count
             log.info("no more than %d batches at a time: %s", self._count, error.problem)
+
+
+def _bytes(spec: TensorSpec, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(spec.dtype).itemsize
 
 
 def _lane(runner: Runner) -> Lane:

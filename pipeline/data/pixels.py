@@ -104,10 +104,12 @@ def _array(image: Any) -> NDArray[Any]:
     if isinstance(image, np.ndarray):
         return image
     try:
+        if hasattr(image, "__cuda_array_interface__"):  # which numpy would copy, or take for an object
+            raise ValueError("it is in GPU memory")
         return np.from_dlpack(image) if hasattr(image, "__dlpack__") else np.asarray(image)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"numpy does not take this {type(image).__name__}: {error}",
             expected="an image in the computer's own memory",
-            fix="copy it there first, as .cpu() does",
+            fix="use Predictor.predict_on_gpu, or copy it there first, as .cpu() does",
         ) from error

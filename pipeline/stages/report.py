@@ -26,7 +26,7 @@ from pipeline.mixed.chart import chart
 from pipeline.mixed.report import MixReport
 from pipeline.page.answers import Answers, answer
 from pipeline.page.network import Network, account_for_blocks, draw_network
-from pipeline.page.plots import along, steps
+from pipeline.page.plots import along, columns, lengths, rates, steps
 from pipeline.presenting import bracketed, negated, no_scores, number, percent
 from pipeline.reports import BenchmarkReport, Interval, PicturedImage, PicturesReport, ValidationReport
 
@@ -160,7 +160,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.globals.update(bracketed=bracketed, negated=negated, no_scores=no_scores, number=number, percent=percent)
-    made.globals.update(along=along, steps=steps)
+    made.globals.update(along=along, columns=columns, lengths=lengths, rates=rates, steps=steps)
     return made
 
 

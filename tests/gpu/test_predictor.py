@@ -3,6 +3,7 @@
 Runs on CPython 3.10 with TensorRT 8.6 and without torch, as well as on newer ones.
 """
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,11 +12,12 @@ from PIL import Image
 
 from pipeline.artifacts import ModelCard
 from pipeline.backends import cuda
+from pipeline.backends.gpu_array import GpuArray
 from pipeline.backends.tensorrt import TensorrtBuilder
 from pipeline.config import ClassConfig, EngineConfig, PreprocessingConfig, ProfileRange
 from pipeline.data.preprocessing import normalise
 from pipeline.engines import load_engine
-from pipeline.errors import EngineError, ModelError
+from pipeline.errors import DataError, EngineError, ModelError
 from pipeline.graph.deployment import bake
 from pipeline.predictor import Predictor
 from pipeline.stages.engine import build_engine
@@ -152,6 +154,76 @@ def test_sizes_outside_of_the_profile_are_the_projects_own_error(engines):
     stretched = ModelCard("s", SPEC.model_copy(update={"height": 128, "width": 128, "resize": "stretch"}), CARD.classes)
     with Predictor(engines["free"], stretched) as predictor, pytest.raises(EngineError, match="was not built for"):
         predictor(drawn(1)[0])
+
+
+class Interface:
+    """An array on the GPU by the CUDA array interface alone, as numba's, still being written on a stream."""
+
+    def __init__(self, array, stream):
+        self.array = array
+        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "stream": int(stream)}
+
+
+def on_gpu(images, stream):
+    """Images as an array on the GPU, whose upload is under way on the stream."""
+    batch = np.stack(images)
+    buffer = cuda.DeviceBuffer(batch.nbytes)
+    buffer.upload(batch, stream)  # pageable memory is staged before the call returns
+    return GpuArray(buffer, batch.shape, batch.dtype)
+
+
+@pytest.mark.parametrize("name", ["labels", "free"])
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_images_on_the_gpu_give_labels_there(engines, name, count):
+    images = drawn(count)
+    wanted = np.stack(list(plain(engines[name], images)))
+    stream = cuda.Stream()
+    with Predictor(engines[name], batch=1) as predictor:
+        given = on_gpu(images, stream)
+        for _ in range(4):
+            by_interface = predictor.predict_on_gpu(Interface(given, stream))
+            np.testing.assert_array_equal(by_interface.numpy(), wanted)
+            by_dlpack = predictor.predict_on_gpu(given)
+        np.testing.assert_array_equal(predictor(images[0]), wanted[0])
+    np.testing.assert_array_equal(by_dlpack.numpy(), wanted)  # which outlives the predictor
+    stream.close()
+
+
+def test_on_the_gpu_only_the_result_is_allocated_and_it_is_freed(engines, monkeypatch):
+    stream = cuda.Stream()
+    with Predictor(engines["labels"]) as predictor:
+        given = on_gpu(drawn(5), stream)
+        for _ in range(2):
+            predictor.predict_on_gpu(given)
+        called, real = Counter(), cuda.call
+        monkeypatch.setattr(cuda, "call", lambda function, *rest: (called.update([function]), real(function, *rest))[1])
+        for _ in range(50):
+            predictor.predict_on_gpu(given)
+    assert called["cudaMalloc"] == called["cudaFree"] - len(("input", "output")) == 50
+    assert called["cudaGraphLaunch"] == 250
+    assert "cudaMallocHost" not in called
+    stream.close()
+
+
+def test_tensors_of_torch_on_the_gpu(engines):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no GPU")
+    images = drawn(6)
+    wanted = torch.tensor(np.stack(list(plain(engines["labels"], images))))
+    with Predictor(engines["labels"]) as predictor:
+        other = torch.cuda.Stream()
+        with torch.cuda.stream(other):  # whose work the engine has to wait for
+            tensor = torch.tensor(np.stack(images)).cuda()
+            for _ in range(100):
+                tensor = tensor.flip(0)
+            result = predictor.predict_on_gpu(tensor)
+        shared = torch.from_dlpack(result)
+        assert shared.data_ptr() == result.address == torch.as_tensor(result, device="cuda").data_ptr()
+        del result
+        with pytest.raises(DataError, match="strides"):
+            predictor.predict_on_gpu(tensor[:, :, ::2])
+    assert torch.equal(shared.cpu(), wanted)
 
 
 def test_after_running_out_of_memory_the_predictor_goes_on(engines):

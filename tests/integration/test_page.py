@@ -27,7 +27,7 @@ from pipeline.backends.layers import parse_layers
 from pipeline.calibration.report import CalibrationReport
 from pipeline.config import Precision, load_config
 from pipeline.metrics.latency import estimate
-from pipeline.reports import BenchmarkReport, PicturesReport, Timing, ValidationReport
+from pipeline.reports import BenchmarkReport, PicturesReport, Throughput, Timing, ValidationReport
 from pipeline.run import Run
 from pipeline.speed import account, judge
 from pipeline.stages.report import PageReport
@@ -56,7 +56,16 @@ class Recorded(Run):
             latency = replace(report.timings[0].end_to_end, p50_ms=ms)
             timings.append(Timing(precision, 1, 1000, latency, latency, estimate([ms] * 12), cuda_graph=True))
         verdict = judge(estimate([1.25] * 12), 1.0, engines["int8"], engines["fp16"])
-        told = replace(report, device=device, engines=engines, timings=tuple(timings), verdict=verdict, not_run={})
+        rates = tuple(Throughput("int8", batch, 1, 500.0 * batch, "GPU") for batch in (1, 2, 4))
+        told = replace(
+            report,
+            device=device,
+            engines=engines,
+            timings=tuple(timings),
+            verdict=verdict,
+            not_run={},
+            throughput=(*rates, *(Throughput("int8", 1, streams, 400.0 * streams, "host") for streams in (1, 2))),
+        )
         (self.folder / "benchmark" / "report.json").write_bytes(to_json(told))
         return told
 
@@ -198,6 +207,15 @@ def test_figures_are_those_of_the_reports(build: Path, markup: Markup) -> None:
     named = {tensor.tensor for tensor in calibration.tensors}
     assert {label[10 : label.index(":")] for label in labels if label.startswith("Values of ")} == named
     assert sum(label.startswith("Latencies of ") for label in labels) >= 1
+    assert {label.rpartition(": ")[2] for label in labels if label.startswith("On the GPU alone: ")} == {
+        "fp16 0.500 ms, range 0.500 to 0.500 ms",
+        "int8 0.400 ms, range 0.400 to 0.400 ms",
+    }
+    assert sum(label.startswith("From host array to host array: ") for label in labels) == 3
+    assert [label for label in labels if label.startswith("Throughput of ")] == [
+        "Throughput of int8 by batch, on the GPU alone: at most 2,000 images a second at batch 4",
+        "Throughput of int8 by streams, with copies: at most 800 images a second at streams 2",
+    ]
     assert "INT8 is 1.250 ± 0.000 times FP16&#39;s speed" in markup.page
     assert "&lt;membrane&gt;" in markup.page
     assert "<membrane>" not in markup.page

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from pipeline.artifacts import ModelCard, Profile, TensorSpec
@@ -200,6 +201,22 @@ def test_what_does_not_fit_the_card(tmp_path: Path) -> None:
         Predictor(Threshold(8, 8), card())(np.zeros((0, 3), np.uint8))
     with pytest.raises(EngineError, match="cannot read the engine"):
         Predictor(tmp_path / "none.engine")
+
+
+def test_arrays_on_the_gpu_need_an_engine() -> None:
+    with (
+        Predictor(Threshold(8, 8, image=True), card()) as predictor,
+        pytest.raises(ModelError, match="of the GPU") as caught,
+    ):
+        predictor.predict_on_gpu(np.zeros((1, 8, 8, 1), np.uint8))
+    assert caught.value.expected == "an engine"
+
+
+def test_tensors_of_torch_are_read_where_they_are() -> None:
+    tensor = torch.arange(64, dtype=torch.uint8).reshape(8, 8) * 4
+    with Predictor(Threshold(8, 8), card()) as predictor:
+        (result,) = predictor.predict([tensor])
+    np.testing.assert_array_equal(result.labels, tensor.numpy() > 127)
 
 
 def test_importing_the_package_loads_nothing() -> None:

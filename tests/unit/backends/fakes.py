@@ -61,7 +61,9 @@ class FakeCuda:
     def install(self, patch: pytest.MonkeyPatch) -> FakeCuda:
         names = SimpleNamespace(
             cudaStreamNonBlocking=1,
-            cudaMemcpyKind=SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2),
+            cudaMemcpyKind=SimpleNamespace(
+                cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+            ),
             cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
         )
         patch.setattr(cuda, "_runtime", lambda: names)
@@ -240,3 +242,18 @@ def fake_trt(gpu: FakeCuda, network: Network = DOUBLING, *, loads: bool = True) 
 
     api.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize)
     return api
+
+
+class Tensor:
+    """An array of numpy's or torch's that says it lies on the fake GPU; ``streams`` are those of its consumers."""
+
+    def __init__(self, values: Any, device: tuple[int, int] = (2, 7)) -> None:
+        self.values, self.device = values, device
+        self.streams: list[int] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, *, stream: int) -> Any:
+        self.streams.append(stream)
+        return self.values.__dlpack__()

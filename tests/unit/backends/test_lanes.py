@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from pipeline import engines
@@ -17,9 +18,9 @@ from pipeline.artifacts import ModelCard, Profile, TensorSpec, to_json
 from pipeline.backends.lanes import EngineLane, Lanes
 from pipeline.backends.runner import EngineRunner
 from pipeline.config import ClassConfig, PreprocessingConfig
-from pipeline.errors import EngineError, ModelError
+from pipeline.errors import DataError, EngineError, ModelError
 from pipeline.predictor import Predictor
-from tests.unit.backends.fakes import PLAN, FakeCuda, Network, fake_trt, plan_manifest
+from tests.unit.backends.fakes import PLAN, FakeCuda, Network, Tensor, fake_trt, plan_manifest
 
 SIZE = 8
 CLASSES = tuple(ClassConfig(name=name, colour=(9, 9, 9)) for name in ("dark", "bright"))
@@ -191,6 +192,127 @@ def test_an_engine_without_manifest_needs_trust_and_a_card(
     (image,) = drawn(1)
     with Predictor(path, CARD, trust=True) as made:
         np.testing.assert_array_equal(made(image), image > 127)
+
+
+def stacked(count: int, size: tuple[int, int] = (SIZE, SIZE)) -> NDArray[np.uint8]:
+    return np.stack(drawn(count, size))[..., np.newaxis]
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_images_on_the_gpu_give_labels_there(
+    gpu: FakeCuda, predictor: Callable[..., Predictor], network: Network, refuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.refuse_capture = refuse
+    kinds: list[int] = []
+    copy = gpu.cudaMemcpyAsync
+    monkeypatch.setattr(gpu, "cudaMemcpyAsync", lambda *given: (kinds.append(given[3]), copy(*given))[1])
+    kept = []
+    with predictor(network) as made:
+        for count in (1, 3, 7, 7, 1):  # more than a batch, and less
+            images = stacked(count)
+            labels = made.predict_on_gpu(Tensor(images))
+            assert (labels.shape, labels.dtype) == (images.shape[:3], np.uint8)
+            kept.append((images, labels))
+        assert set(kinds) == {3}  # nothing but copies within the GPU
+        assert gpu.calls["cudaMallocHost"] == 0
+        assert (gpu.calls["cudaGraphLaunch"] == 0) == refuse
+        mixed = drawn(2)
+        for image, result in zip(mixed, made.predict(mixed), strict=True):  # the lanes serve the host as before
+            np.testing.assert_array_equal(result.labels, image > 127)
+        again = made.predict_on_gpu(Tensor(torch.from_numpy(kept[2][0])))
+        np.testing.assert_array_equal(again.numpy(), bright(kept[2][0]))
+    for images, labels in kept:  # which outlive the predictor
+        np.testing.assert_array_equal(labels.numpy(), bright(images))
+    del labels, kept, again
+    assert balanced(gpu)
+
+
+def test_results_are_images_for_the_next_network(gpu: FakeCuda, predictor: Callable[..., Predictor]) -> None:
+    class Channelled:  # as torch's .unsqueeze(-1)
+        def __init__(self, labels: Any) -> None:
+            self.labels = labels
+            shape = (*labels.shape, 1)
+            self.__cuda_array_interface__ = {**labels.__cuda_array_interface__, "shape": shape}
+
+    images = stacked(2)
+    inverse = Network(FIXED.shape, FIXED.output, lambda x: (x[..., 0] == 0).astype(np.uint8), "UINT8")
+    with predictor(FIXED) as first, predictor(inverse) as second:
+        found = second.predict_on_gpu(Channelled(first.predict_on_gpu(Tensor(images))))
+    np.testing.assert_array_equal(found.numpy(), 1 - bright(images))
+    del found
+    assert balanced(gpu)
+
+
+def test_threads_share_the_lanes_on_the_gpu(
+    gpu: FakeCuda, predictor: Callable[..., Predictor], network: Network
+) -> None:
+    batches = [stacked(1 + index % 5) + index for index in range(60)]
+    with predictor(network) as made, ThreadPoolExecutor(8) as pool:
+        for images, labels in zip(batches, pool.map(made.predict_on_gpu, map(Tensor, batches)), strict=True):
+            np.testing.assert_array_equal(labels.numpy(), bright(images))
+    del labels
+    assert balanced(gpu)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "images", "expected"),
+    [
+        (FIXED, {}, stacked(1, (8, 9)), "(N, 8, 8, 1)"),
+        (FIXED, {}, stacked(1)[0], "(N, 8, 8, 1)"),
+        (FIXED, {}, stacked(1).repeat(3, axis=3), "(N, 8, 8, 1)"),
+        (FIXED, {}, stacked(1).astype(np.float32), "uint8 (N, 8, 8, 1)"),
+        (FIXED, {}, stacked(1)[:0], "(N, 8, 8, 1)"),
+        (FIXED, {}, stacked(1)[..., 0], "(N, 8, 8, 1)"),
+        (FREE, {}, stacked(1, (3, 8)), "(N, 4…16, 4…16, 1)"),
+        (FREE, {}, stacked(1, (8, 17)), "(N, 4…16, 4…16, 1)"),
+        (FREE, {"resize": "stretch", "channels": "bgr"}, stacked(1, (9, 8)), "(N, 8, 8, 3), channels in the order bgr"),
+    ],
+)
+def test_images_on_the_gpu_are_neither_converted_nor_resized(
+    gpu: FakeCuda, network: Network, changes: dict[str, Any], images: NDArray[Any], expected: str
+) -> None:
+    card = dataclasses.replace(CARD, preprocessing=CARD.preprocessing.model_copy(update=changes))
+    with Predictor(EngineRunner(fake_trt(gpu, network), b"plan"), card, streams=1) as made:
+        for _ in range(2):  # would wait for ever for a lane that is lost
+            with pytest.raises(DataError, match="as the network takes them") as caught:
+                made.predict_on_gpu(Tensor(images))
+        assert expected in caught.value.expected
+        assert str(images.shape) in caught.value.got
+
+
+def test_what_only_the_host_can_do_is_refused(gpu: FakeCuda, predictor: Callable[..., Predictor]) -> None:
+    floats = Network((1, 1, SIZE, SIZE), lambda shape: shape[:3], bright)
+    with predictor(floats) as made, pytest.raises(ModelError, match="normalised on the host") as caught:
+        made.predict_on_gpu(Tensor(stacked(1)))
+    assert "--bake-input image" in caught.value.fix
+    with predictor(FIXED) as made, pytest.raises(DataError, match="cannot be read in GPU memory"):
+        made.predict_on_gpu(stacked(1))
+    with pytest.raises(ValueError, match="closed"):
+        made.predict_on_gpu(Tensor(stacked(1)))
+    two = ModelCard("t", CARD.preprocessing.model_copy(update={"channels": "rgb"}), CLASSES)
+    with (
+        Predictor(EngineRunner(fake_trt(gpu, FIXED), b"plan"), two) as made,
+        pytest.raises(ModelError, match="does not take these images"),
+    ):
+        made.predict_on_gpu(Tensor(stacked(1).repeat(3, axis=3)))
+    assert balanced(gpu)
+
+
+def test_after_a_failure_on_the_gpu_nothing_is_left_and_the_predictor_goes_on(gpu: FakeCuda) -> None:
+    trt = fake_trt(gpu, FIXED)
+    images = stacked(3)
+    with Predictor(EngineRunner(trt, b"plan"), CARD, streams=1) as made:
+        trt.context.fails = True
+        with pytest.raises(EngineError, match="failed to run") as caught:
+            made.predict_on_gpu(Tensor(images))
+        del caught
+        trt.context.fails = False
+        gpu.memory_left = 0
+        with pytest.raises(EngineError, match="out of memory"):
+            made.predict_on_gpu(Tensor(images))
+        gpu.memory_left = 1 << 30
+        np.testing.assert_array_equal(made.predict_on_gpu(Tensor(images)).numpy(), bright(images))
+    assert balanced(gpu)
 
 
 def test_less_memory_means_fewer_lanes(gpu: FakeCuda, predictor: Callable[..., Predictor]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data import pixels
@@ -26,18 +28,14 @@ def test_arrays_are_read_like_files(tmp_path: Path) -> None:
             np.testing.assert_array_equal(picture_of_array(array, channels).pixels, wanted)
 
 
-def test_sixteen_bits_single_channels_and_other_libraries() -> None:
+def test_sixteen_bits_single_channels_and_tensors() -> None:
     deep = RGB[..., :1].astype(np.uint16) * 256 + 9
     np.testing.assert_array_equal(picture_of_array(deep, "grey").pixels, RGB[..., :1])
 
-    class Tensor:
-        def __dlpack__(self, **keys: Any) -> Any:
-            return RGB.__dlpack__(**keys)
-
-        def __dlpack_device__(self) -> Any:
-            return RGB.__dlpack_device__()
-
-    assert np.shares_memory(picture_of_array(Tensor(), "rgb").pixels, RGB)
+    shared = torch.from_numpy(RGB.copy())
+    for tensor in (shared, shared[1:, 2:]):  # of any strides
+        assert np.shares_memory(picture_of_array(tensor, "rgb").pixels, shared.numpy())
+        np.testing.assert_array_equal(picture_of_array(tensor, "rgb").pixels, tensor.numpy())
 
 
 @pytest.mark.parametrize(
@@ -47,6 +45,21 @@ def test_sixteen_bits_single_channels_and_other_libraries() -> None:
 def test_what_is_no_image(image: Any) -> None:
     with pytest.raises(DataError, match="no image"):
         picture_of_array(image, "rgb")
+
+
+class OnGpu:
+    """As numba's arrays, which numpy would copy without a word."""
+
+    __cuda_array_interface__: ClassVar[dict[str, Any]] = {}
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]:
+        return RGB
+
+
+def test_nothing_is_fetched_from_the_gpu() -> None:
+    with pytest.raises(DataError, match="it is in GPU memory") as caught:
+        picture_of_array(OnGpu(), "rgb")
+    assert "predict_on_gpu" in caught.value.fix
 
 
 @pytest.mark.parametrize(("channels", "ending"), [("grey", "tif"), ("bgr", "png"), ("rgb", "tif")])
