@@ -26,7 +26,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +41,9 @@ from pipeline.backends import cuda
 from pipeline.data.pictures import mask_png
 from pipeline.data.pixels import open_picture, picture_of
 from pipeline.data.synthetic import draw_cells
-from pipeline.fleet import Fleet, HostedPredictor, Part
+from pipeline.fleet.fleet import Fleet
+from pipeline.fleet.portions import Part
+from pipeline.fleet.proxies import HostedPredictor
 from pipeline.predictor import Predictor
 from pipeline.stages.predict import PORTION, Wanted, predict
 
@@ -54,7 +56,7 @@ TIMED_FILES = 100
 class Timed(Fleet):
     """Notes when portions come back."""
 
-    def parts(self, *given: Any, **options: Any) -> Iterator[Part[Any, Any]]:
+    def parts(self, *given: Any, **options: Any) -> Generator[Part[Any, Any], None, None]:
         self.marks: list[tuple[float, int]] = []
         for part in super().parts(*given, **options):
             self.marks.append((time.perf_counter(), len(part.items)))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipeline.backends.base import Runner
     from pipeline.backends.remote import RemoteRunner
     from pipeline.config import Config, Precision
-    from pipeline.fleet import Fleet
+    from pipeline.fleet.fleet import Fleet
     from pipeline.gpu_engines import GpuEngines
     from pipeline.run import Run
     from pipeline.stages.predict import Masks
@@ -720,7 +720,7 @@ def _run(config: Config, build: Path, force: bool, fleet: Fleet | None = None) -
 def _fleet(distributed: bool, address: str | None, workers: int | None) -> Iterator[Fleet | None]:
     """Ray's workers where they are asked for."""
     if distributed:
-        from pipeline.fleet import Fleet
+        from pipeline.fleet.fleet import Fleet
 
         with Fleet(address, workers=workers) as fleet:
             yield fleet

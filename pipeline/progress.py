@@ -35,6 +35,18 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             yield item
 
 
+def bars() -> Progress | None:
+    """Bars that are running, for tasks to be added; None where no terminal shows them, and with --quiet."""
+    if not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
+        return None
+    from rich.console import Console
+    from rich.progress import Progress
+
+    running = Progress(console=Console(stderr=True), transient=True)
+    running.start()
+    return running
+
+
 class Phases:
     """Progress of nested phases, told by name as they start, step and finish; a context manager.
 
@@ -54,12 +66,7 @@ class Phases:
         self._last = time.monotonic()
 
     def __enter__(self) -> Phases:
-        if log.isEnabledFor(logging.INFO) and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bars = Progress(console=Console(stderr=True), transient=True)
-            self._bars.start()
+        self._bars = bars()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pipeline.calibration.table import CalibrationTable
     from pipeline.data.dataset import Sample
     from pipeline.drift import DriftReport
-    from pipeline.fleet import Fleet
+    from pipeline.fleet.fleet import Fleet
     from pipeline.graph.levels import Block
     from pipeline.mixed.report import MixReport
     from pipeline.rivals import Built

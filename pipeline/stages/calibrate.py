@@ -31,7 +31,7 @@ from pipeline.progress import track
 from pipeline.selection import kept, try_algorithms
 
 if TYPE_CHECKING:
-    from pipeline.fleet import Fleet
+    from pipeline.fleet.fleet import Fleet
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from pipeline.predictor import Allocate, Prediction
 from pipeline.progress import track
 
 if TYPE_CHECKING:
-    from pipeline.fleet import Fleet
+    from pipeline.fleet.fleet import Fleet
 
 log = logging.getLogger(__name__)
 # Waiting for the disk after every mask would take longer than all else; a broken machine's masks are made anew.

@@ -34,7 +34,7 @@ from pipeline.reports import Candidate, ValidationReport
 from pipeline.values import MeasuredValues, TensorJudge
 
 if TYPE_CHECKING:
-    from pipeline.fleet import Fleet
+    from pipeline.fleet.fleet import Fleet
 
 log = logging.getLogger(__name__)
 REFERENCE = "onnxruntime-fp32"

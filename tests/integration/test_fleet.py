@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import __version__
 from pipeline.artifacts import ModelCard, from_json, sha256_file
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.calibration.report import CalibrationReport
@@ -27,7 +27,12 @@ from pipeline.cli import _fleet, _gpu_engines
 from pipeline.config import CalibrateConfig, ClassConfig, PreprocessingConfig, Tolerance, ValidateConfig
 from pipeline.data.dataset import image_folder
 from pipeline.errors import BuildFolderError, ConfigError, DataError, EngineError, ModelError, UnsupportedError
-from pipeline.fleet import Fleet, Part, _check_shared, _connect, _mixed, _Opened, _Portions, _Raised
+from pipeline.fleet.answers import Opened, Raised
+from pipeline.fleet.connection import connect
+from pipeline.fleet.fleet import Fleet
+from pipeline.fleet.hosts import check_opened
+from pipeline.fleet.portions import Part, Portions
+from pipeline.fleet.workers import check_shared
 from pipeline.graph.io import write_card
 from pipeline.predictor import Prediction, Predictor
 from pipeline.reports import Candidate
@@ -146,8 +151,8 @@ def test_a_killed_worker_loses_and_repeats_nothing(
 def test_one_poison_image_is_a_line_and_the_others_are_done(
     fleet: Fleet, files: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.fleet.CUT_AFTER", 1)
-    monkeypatch.setattr("pipeline.fleet.ALONE_AFTER", 1)
+    monkeypatch.setattr("pipeline.fleet.portions.CUT_AFTER", 1)
+    monkeypatch.setattr("pipeline.fleet.portions.ALONE_AFTER", 1)
     poison = tmp_path / "poison.png"
     Image.new("RGB", POISON[::-1]).save(poison)
     with Mortal(files / "clean.onnx", on_poison) as predictor:
@@ -254,7 +259,7 @@ def test_what_a_cluster_lacks(fleet: Fleet, tmp_path: Path, monkeypatch: pytest.
         fleet.host_predictor(no_driver)
     assert caught.value.exit_code == 3
     with pytest.raises(BuildFolderError, match="not the same folder as where the run was started"):
-        _check_shared(tmp_path, "token")
+        check_shared(tmp_path, "token")
 
 
 def no_driver() -> Predictor:
@@ -262,7 +267,7 @@ def no_driver() -> Predictor:
 
 
 def test_stragglers_are_named(cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("pipeline.fleet.STRAGGLING_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.fleet.show.STRAGGLING_SECONDS", 0.5)
 
     def slow_at(places: Sequence[int], again: bool) -> list[int]:
         time.sleep(2 if 3 in places else 0.01)
@@ -275,11 +280,14 @@ def test_stragglers_are_named(cluster: str, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_gpus_of_several_types_are_named() -> None:
-    refused = _Raised(EngineError("model.engine was built on a NVIDIA L4"))
-    one = _Opened("node", "", "", "NVIDIA A10", "1", refused)
-    error = _mixed(one, Counter({"NVIDIA L4": 2, "NVIDIA A10": 1}))
-    assert "GPUs are of 2 types" in error.problem
-    assert error.got == "1 NVIDIA A10, 2 NVIDIA L4"
+    refused = Raised(EngineError("model.engine was built on a NVIDIA L4"))
+    first, second = (Opened(host, "", "", "NVIDIA L4", __version__, None) for host in "ab")
+    other = Opened("c", "", "", "NVIDIA A10", __version__, refused)
+    with pytest.raises(EngineError, match="GPUs are of 2 types") as caught:
+        check_opened([first, second, other])
+    assert caught.value.got == "1 NVIDIA A10, 2 NVIDIA L4"
+    with pytest.raises(EngineError, match=r"was built on a NVIDIA L4 \(on c\)"):
+        check_opened([other])
 
 
 def test_bad_addresses_and_options(files: Path, tmp_path: Path, unet_trt: Command) -> None:
@@ -291,7 +299,7 @@ def test_bad_addresses_and_options(files: Path, tmp_path: Path, unet_trt: Comman
     fails(result, 2, f"no Ray cluster answers at {address}", "Connection refused", "leave --address out")
     assert not (tmp_path / "working" / "masks").exists()
     with pytest.raises(ConfigError, match=r"'ray://head' is no address of a cluster"):
-        _connect(ray, "ray://head")
+        connect("ray://head")
     with pytest.raises(ConfigError, match="--workers is for a run on Ray"), _fleet(False, None, 2):
         pass
     with pytest.raises(ConfigError, match=r"-p mixed builds no engine of m\.onnx"):
@@ -315,7 +323,7 @@ def test_ray_is_imported_for_fleets_alone(files: Path, tmp_path: Path) -> None:
 
 
 def test_portions_are_cut_and_then_tried_alone() -> None:
-    portions = _Portions(range(5), 2)
+    portions = Portions(range(5), 2)
     first, second, third = (portions.next(is_alone=False) for _ in range(3))
     assert first is not None
     assert [p and p.items for p in (first, second, third)] == [(0, 1), (2, 3), (4,)]

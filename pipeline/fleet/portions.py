@@ -1,0 +1,87 @@
+"""Items cut into portions, and what becomes of portions whose process died."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Failures after which a portion is cut into single items, and a single item is tried alone.
+CUT_AFTER, ALONE_AFTER = 2, 3
+
+
+@dataclass(frozen=True)
+class Part(Generic[T, R]):
+    """Some neighbouring items and what came of them.
+
+    Attributes:
+        start: place of the first.
+        result: None where the one item was lost.
+        lost: why.
+    """
+
+    start: int
+    items: tuple[T, ...]
+    result: R | None
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class Portion(Generic[T]):
+    """Neighbouring items that are given to a worker at once.
+
+    Attributes:
+        start: place of the first.
+        failures: how many processes have died over it.
+    """
+
+    start: int
+    items: tuple[T, ...]
+    failures: int = 0
+
+    @property
+    def is_last_try(self) -> bool:
+        """Whether it is an item that is tried alone."""
+        return self.failures >= ALONE_AFTER
+
+    def span(self, name: Callable[[T], str]) -> str:
+        """What it is, for messages: the first item and the last."""
+        first, last = name(self.items[0]), name(self.items[-1])
+        return first if len(self.items) == 1 else f"{first} … {last} ({len(self.items)})"
+
+
+class Portions(Generic[T]):
+    """What is still to be done: portions that failed, fresh ones, and items that are tried alone, last."""
+
+    def __init__(self, items: Sequence[T], size: int) -> None:
+        self._items, self._size = items, size
+        self._fresh = 0  # place of the first item that nobody was given
+        self._again: deque[Portion[T]] = deque()
+        self._alone: deque[Portion[T]] = deque()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all have been given to a worker, and none was put back."""
+        return self._fresh >= len(self._items) and not self._again and not self._alone
+
+    def next(self, *, is_alone: bool) -> Portion[T] | None:
+        """The next one; None where there is none, or none that may run beside others."""
+        if self._again:
+            return self._again.popleft()
+        if self._fresh < len(self._items):
+            start, self._fresh = self._fresh, self._fresh + self._size
+            return Portion(start, tuple(self._items[start : self._fresh]))
+        return self._alone.popleft() if self._alone and is_alone else None
+
+    def put_back(self, portion: Portion[T]) -> None:
+        """Keep a portion whose process died."""
+        failures = portion.failures + 1
+        if failures < CUT_AFTER:
+            self._again.append(Portion(portion.start, portion.items, failures))
+            return
+        singles = [Portion(portion.start + i, (one,), failures) for i, one in enumerate(portion.items)]
+        (self._alone if singles[0].is_last_try else self._again).extend(singles)
