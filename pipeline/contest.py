@@ -22,9 +22,11 @@ from pipeline.config import BenchmarkConfig, Precision
 from pipeline.contenders import Contender, GpuContender
 from pipeline.engines import load_engine
 from pipeline.errors import PipelineError
+from pipeline.graph.io import load_model
 from pipeline.metrics.interleaving import Interleaved, interleave
 from pipeline.metrics.latency import Estimate
-from pipeline.reports import Accuracy
+from pipeline.reports import Accuracy, EngineAccount
+from pipeline.speed import account_for
 
 log = logging.getLogger(__name__)
 
@@ -178,33 +180,61 @@ class Contest(Closing):
         log.info("%s: not measured", name)
 
 
-def time_choices(
-    choices: Mapping[str, tuple[str, ...]],
-    build: Callable[[tuple[str, ...], Path], object],
-    feed: Callable[[TensorSpec], NDArray[Any]],
-    config: BenchmarkConfig,
-) -> dict[str, Estimate]:
-    """Milliseconds on the GPU of choices of mixed precision, as engines that take turns, by name.
+class Choices(Closing):
+    """Choices of mixed precision as engines on this machine's GPU, each built once; a context manager.
+
+    A choice is the convolutions that stay FP16.
 
     Args:
-        choices: convolutions that stay FP16, by a name each.
         build: an engine of a choice, into an empty folder.
         feed: makes an input of one image.
+        graph: that the engines are built from.
 
     Raises:
-        EngineError, UnsupportedError: a choice that cannot be built or run.
+        EngineError, UnsupportedError: a choice that cannot be built or run; from every method.
     """
-    with tempfile.TemporaryDirectory() as made:
+
+    def __init__(
+        self,
+        build: Callable[[tuple[str, ...], Path], object],
+        feed: Callable[[TensorSpec], NDArray[Any]],
+        config: BenchmarkConfig,
+        graph: Path,
+    ) -> None:
+        self._build, self._feed, self._config, self._graph = build, feed, config, graph
+        self._made = tempfile.TemporaryDirectory(prefix="unet-trt-")
+        self._plans: dict[tuple[str, ...], Path] = {}
+
+    def time(self, choices: Mapping[str, tuple[str, ...]]) -> dict[str, Estimate]:
+        """Milliseconds on the GPU of choices, as engines that take turns, by name."""
         contestants = []
-        for place, (name, half) in enumerate(choices.items()):
-            folder = Path(made, str(place))
-            folder.mkdir()
-            build(half, folder)
-            opens = functools.partial(load_engine, folder / "model.engine")
+        for name, half in choices.items():
+            opens = functools.partial(load_engine, self._plan(half))
             contestants.append(Contestant(name, functools.partial(GpuContender, opens, "engine")))
-        with Contest(contestants, feed) as contest:
-            turns = contest.time(list(choices), "GPU", config, Meter(None))
+        with Contest(contestants, self._feed) as contest:
+            turns = contest.time(list(choices), "GPU", self._config, Meter(None))
             return {name: turns.latency(name) for name in choices} if turns else {}
+
+    def profile(self, half: tuple[str, ...], whole_ms: float) -> EngineAccount:
+        """Where the time of one choice goes, whose whole inference takes ``whole_ms``.
+
+        Raises:
+            EngineError: the engine tells nothing of its layers.
+        """
+        with load_engine(self._plan(half)) as runner:
+            feeds = {source.name: self._feed(source) for source in runner.inputs}
+            return account_for(runner, feeds, load_model(self._graph), "", None, whole_ms)
+
+    def close(self) -> None:
+        self._made.cleanup()
+
+    def _plan(self, half: tuple[str, ...]) -> Path:
+        if half not in self._plans:
+            folder = Path(self._made.name, str(len(self._plans)))
+            folder.mkdir()
+            self._build(half, folder)
+            self._plans[half] = folder / "model.engine"
+        return self._plans[half]
 
 
 def _classes(output: NDArray[Any]) -> NDArray[Any]:

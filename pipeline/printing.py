@@ -157,6 +157,9 @@ def print_mix(report: MixReport) -> None:
     ]
     headings = ("candidate", "in FP16", f"ms, {report.latency}", "mIoU drop", "same class", "budget")
     print_table(headings, rows, file=sys.stderr)
+    if report.why_all_half:
+        print(f"all {len(report.convolutions)} convolutions stay FP16: {report.why_all_half}", file=sys.stderr)
+        return
     gain = "" if report.gain_kept is None else f", {report.gain_kept:.0%} of the time that it saves"
     print(
         f"{len(report.choice.half)} of {len(report.convolutions)} convolutions stay FP16; {report.latency}: "

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from pipeline.backends.base import Runner
     from pipeline.backends.registry import Resolved
     from pipeline.calibration.table import CalibrationTable
+    from pipeline.contest import Choices
     from pipeline.data.dataset import Sample
     from pipeline.drift import DriftReport
     from pipeline.fleet.fleet import Fleet
     from pipeline.graph.levels import Block
     from pipeline.mixed.report import MixReport
     from pipeline.rivals import Built
-    from pipeline.stages.mix import Timer
     from pipeline.stages.package import Judged
     from pipeline.stages.report import Provenance
 
@@ -188,7 +188,7 @@ class Run:
             )
         target, config = self._resolved("mixed"), self.config
         cleaned, cache, validation = self.clean(), self.calibrate(), self._validation()
-        timer = self._timer() if self._runs("mixed") else None
+        timed = self._runs("mixed")
         split = open_dataset(config.data, config.preprocessing, "calibration")
         chosen = split.choose(config.calibrate.images, config.calibrate.seed)
         images, rest = hold_out(split, chosen, config.mixed.images, config.mixed.seed)
@@ -199,17 +199,18 @@ class Run:
                 ranges = folder / "ranges.cache"
                 report = ranges.with_name("ranges.cache.json")
                 calibrate(cleaned, rest, config.calibrate, config.preprocessing, ranges, report, engine=config.engine)
-            mix(
-                cleaned,
-                read_cache(ranges),
-                images,
-                config,
-                self.card,
-                target.capabilities.device,
-                folder,
-                others=content_hashes(validation),
-                timer=timer,
-            )
+            with self._choices() if timed else contextlib.nullcontext() as timer:
+                mix(
+                    cleaned,
+                    read_cache(ranges),
+                    images,
+                    config,
+                    self.card,
+                    target.capabilities.device,
+                    folder,
+                    others=content_hashes(validation),
+                    timer=timer,
+                )
 
         folder = self._kept.stage(
             "mixed",
@@ -218,7 +219,7 @@ class Run:
                 config.mixed,
                 config.calibrate,
                 config.engine,
-                config.benchmark if timer else None,
+                config.benchmark if timed else None,
                 self.card,
                 target.identity(),
             ],
@@ -646,9 +647,9 @@ class Run:
         target = self._resolved(precision)
         return target.builder is not None and target.capabilities.runs
 
-    def _timer(self) -> Timer:
+    def _choices(self) -> Choices:
         """Times choices of mixed precision on this machine's GPU, on the first validation image."""
-        from pipeline.contest import time_choices
+        from pipeline.contest import Choices
         from pipeline.stages.mix import excluded
 
         settings, feed = self.config.engine, self._feed()
@@ -657,7 +658,7 @@ class Run:
             chosen = _leaving_out(settings, [*settings.exclude, *excluded(half)])
             self._build(self.clean(), "mixed", chosen, folder)
 
-        return lambda choices: time_choices(choices, build, feed, self.config.benchmark)
+        return Choices(build, feed, self.config.benchmark, self.clean())
 
     def _feed(self) -> Callable[[TensorSpec], NDArray[Any]]:
         """Makes an input of the first validation image."""

@@ -100,6 +100,8 @@ class MixReport:
         max_miou_drop, min_agreement: the budget; None where it has no such part.
         latency: whether times are estimated or measured.
         rates: what the estimates rest on.
+        estimates: whether that is the GPU's rates, or layers that were measured.
+        border_factor: how many times a copy's time a border is estimated to take.
         fp32_miou: on the held-out images; None without labels.
         convolutions, blocks: most sensitive first.
         chosen: place of the choice among the candidates.
@@ -127,8 +129,24 @@ class MixReport:
     gain_kept: float | None
     seconds: float
     notes: tuple[str, ...] = ()
+    estimates: Literal["rates", "layers"] = "rates"
+    border_factor: float = 1.0
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @property
     def choice(self) -> Candidate:
         return self.candidates[self.chosen]
+
+    @property
+    def why_all_half(self) -> str:
+        """Why every convolution stays FP16; empty where some do not."""
+        if self.chosen != 0:
+            return ""
+        half, *others = comparable(self.candidates)
+        kept = [one.ms for one in others if one.kept]
+        if not kept:
+            return "nothing else that was judged keeps the budget"
+        return (
+            "no mixture that keeps the budget is faster than FP16 "
+            f"(the fastest takes {min(kept):.4f} ms, FP16 {half.ms:.4f} ms, {self.latency})"
+        )

@@ -6,9 +6,10 @@ import functools
 import glob
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import yaml
 from onnx import ModelProto
@@ -18,17 +19,18 @@ from pipeline.backends.rates import rates_of
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Config, MixedConfig, Route
 from pipeline.data.dataset import Sample
-from pipeline.errors import ConfigError, ModelError
-from pipeline.graph.cost import tensor_shapes
+from pipeline.errors import ConfigError, EngineError, ModelError
 from pipeline.graph.io import load_model
+from pipeline.graph.levels import blocks
 from pipeline.graph.placement import quantizable
 from pipeline.graph.quantize import quantize
 from pipeline.metrics.latency import Estimate
-from pipeline.mixed.blocks import blocks
 from pipeline.mixed.cost import DEFAULT_RATES, CostModel
 from pipeline.mixed.held_out import HeldOut
-from pipeline.mixed.report import Candidate, Figures, MixReport, Sensitivity
-from pipeline.mixed.search import Nodes, Search, fastest_kept, with_front
+from pipeline.mixed.measured import Stored
+from pipeline.mixed.report import Candidate, Figures, MixReport, Sensitivity, comparable
+from pipeline.mixed.search import Nodes, Search, fastest_kept, runs_and_ends, with_front
+from pipeline.reports import EngineAccount
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,20 @@ ENOUGH_IMAGES = 8
 # Flipped pixels say how sensitive a convolution is; the error of the logits decides between equal ones.
 TIE = 1e-6
 
-# From convolutions that stay FP16, by a name each, to milliseconds on a GPU; all are timed in one session, in turns.
-Timer = Callable[[Mapping[str, tuple[str, ...]]], Mapping[str, Estimate]]
+# Of mixed.candidates, kept for a second search where the first one's finalists were misjudged.
+LATER = 1 / 4
+
+
+class Timer(Protocol):
+    """Engines on a GPU, of convolutions that stay FP16; see ``pipeline.contest.Choices``."""
+
+    def time(self, choices: Mapping[str, tuple[str, ...]]) -> Mapping[str, Estimate]:
+        """Milliseconds by name; all in one session, in turns."""
+        ...
+
+    def profile(self, half: tuple[str, ...], whole_ms: float) -> EngineAccount:
+        """Layer by layer, of a choice that takes ``whole_ms``."""
+        ...
 
 
 def mix(
@@ -66,9 +80,10 @@ def mix(
         device: whose rates the cost model takes; None, or one whose rates are unknown: an H200's.
         folder: of the results.
         others: validation images' names by content, which must not be among the samples.
-        timer: times the finalists on a GPU; None: the cost model decides.
+        timer: times engines on a GPU, for the cost model and the choice; None: the cost model decides at the rates.
 
     Raises:
+        EngineError, UnsupportedError: an engine that cannot be built or run.
         CalibrationError: no sample, or one that validates too; a table of another graph.
         ConfigError: a budget that cannot be judged without labels.
         ModelError: a graph without convolutions to quantize, or that cannot be run.
@@ -87,7 +102,8 @@ def mix(
     _check_budget(settings, held_out.labelled)
     known = rates_of(device.name, device.compute_capability) if device else None
     shapes = {name: array.shape for name, array in held_out.feed(0).items()}
-    cost = CostModel(model, shapes, known or DEFAULT_RATES)
+    cost = CostModel(model, shapes, known or DEFAULT_RATES, names)
+    not_learned = _learn(cost, names, timer) if timer else ""
     judge = _Judge(model, table, config, names, held_out)
 
     def milliseconds(half: Nodes) -> float:
@@ -99,7 +115,7 @@ def mix(
         return Sensitivity(name, tuple(together), sum(cost.macs[node] for node in together), alone, lost)
 
     convolutions = [sensitivity_of(name, [name]) for name in names]
-    grouped = blocks({node.name: node.output[0] for node in nodes}, tensor_shapes(model, shapes))
+    grouped = _blocks(model, shapes, names)
     sensitivity = {each.name: _sensitivity(each.figures) for each in convolutions}
     search = Search(
         names,
@@ -107,12 +123,9 @@ def mix(
         milliseconds,
         lambda half: judge(half, f"{len(half)} of {len(names)} in FP16"),
         functools.partial(_keeps, settings),
-        settings.candidates,
+        runs_and_ends(grouped),
     )
-    candidates = search.run()
-    if timer is not None:
-        candidates = _timed(candidates, settings.finalists, timer)
-    candidates = with_front(candidates)
+    candidates = with_front(_timed(search, cost, settings, timer) if timer else search.run(settings.candidates))
     chosen = fastest_kept(candidates)
     candidates = tuple(replace(one, accepted=one.accepted or at == chosen) for at, one in enumerate(candidates))
     half, int8, choice = candidates[0], candidates[1], candidates[chosen]
@@ -124,10 +137,10 @@ def mix(
         max_miou_drop=settings.max_miou_drop if held_out.labelled else None,
         min_agreement=settings.min_agreement,
         latency="estimated" if timer is None else "measured",
-        rates=(known or DEFAULT_RATES).source,
+        rates=cost.source,
         fp32_miou=held_out.fp32_miou,
         convolutions=tuple(_ranked(convolutions)),
-        blocks=tuple(_ranked([sensitivity_of(name, together) for name, together in grouped.items()])),
+        blocks=tuple(_ranked([sensitivity_of(name, together) for name, together in grouped])),
         candidates=candidates,
         chosen=chosen,
         patterns=patterns,
@@ -136,11 +149,16 @@ def mix(
         seconds=round(time.perf_counter() - started, 3),
         notes=(
             *_notes(held_out, device, config.engine.route, known is None, timer is None),
-            *_doubts(candidates, choice, settings),
+            *([f"{not_learned}: estimates are at the GPU's rates"] if not_learned else []),
+            *_doubts(choice, settings, ended=len(candidates) >= search.limit),
         ),
+        estimates="rates" if cost.measured is None else "layers",
+        border_factor=cost.border_factor,
     )
     for note in report.notes:
         log.warning("%s", note)
+    if report.why_all_half:
+        log.warning("every convolution stays FP16: %s", report.why_all_half)
     write_atomically(folder / REPORT, to_json(report))
     write_atomically(folder / SNIPPET, snippet(config, patterns).encode())
     return report
@@ -211,14 +229,65 @@ def _ranked(sensitivities: Sequence[Sensitivity]) -> list[Sensitivity]:
     return sorted(sensitivities, key=lambda each: -_sensitivity(each.figures))
 
 
-def _timed(candidates: Sequence[Candidate], finalists: int, timer: Timer) -> tuple[Candidate, ...]:
-    """The first two, which are all FP16 and all INT8, and the fastest by estimate that keep the budget, measured."""
-    kept = sorted(
-        (place for place, one in enumerate(candidates) if one.kept), key=lambda at: candidates[at].estimated_ms
-    )
-    chosen = dict.fromkeys([0, 1, *kept[:finalists]])
-    times = timer({f"candidate {place}": candidates[place].half for place in chosen})
+def _blocks(
+    model: ModelProto, shapes: Mapping[str, Sequence[int]], names: Sequence[str]
+) -> list[tuple[str, tuple[str, ...]]]:
+    """The graph's blocks by name, each with those of these convolutions that it holds; none without."""
+    chosen = set(names)
+    held = [(block.name, tuple(n for n in block.convolutions if n in chosen)) for block in blocks(model, shapes)]
+    return [(name, nodes) for name, nodes in held if nodes]
+
+
+def _learn(cost: CostModel, names: Sequence[str], timer: Timer) -> str:
+    """Teach the cost model what all FP16 and all INT8 take; why that failed, or ""."""
+    ends: dict[Stored, tuple[str, ...]] = {"fp16": tuple(names), "int8": ()}
+    times = timer.time({str(precision): half for precision, half in ends.items()})
+    try:
+        cost.learn({precision: timer.profile(half, times[precision].median) for precision, half in ends.items()})
+    except EngineError as error:
+        return error.problem
+    return ""
+
+
+def _timed(search: Search, cost: CostModel, settings: MixedConfig, timer: Timer) -> tuple[Candidate, ...]:
+    """Candidates, of which the first two, all FP16 and all INT8, and finalists are measured.
+
+    Where estimates promised that finalists are faster than all FP16, and none of those that keep the budget is, borders
+    cost more than was thought: their cost is corrected by what was measured, and the search goes on once.
+    """
+    candidates = search.run(settings.candidates - int(LATER * settings.candidates))
+    chosen = list(dict.fromkeys([0, 1, *_finalists(candidates, settings.finalists)]))
+    candidates = _with_times(candidates, chosen, timer)
+    if cost.measured is None or not _misjudged(candidates):
+        return candidates
+    everything = frozenset(search.names)
+    mixtures = [one for one in candidates[2:] if one.measured_ms is not None]
+    cost.correct({everything - set(one.half): one.ms for one in mixtures})
+    log.info("borders cost %.2f times a copy, as the finalists were measured: searching once more", cost.border_factor)
+    candidates = search.run(settings.candidates)
+    half_ms = candidates[0].estimated_ms
+    ranked = _finalists(candidates, len(candidates))
+    more = [at for at in ranked if at not in chosen and candidates[at].estimated_ms < half_ms]
+    return _with_times(candidates, [*chosen, *more[: settings.finalists]], timer)
+
+
+def _finalists(candidates: Sequence[Candidate], count: int) -> list[int]:
+    """Places of the fastest by estimate that keep the budget."""
+    kept = [place for place, one in enumerate(candidates) if one.kept]
+    return sorted(kept, key=lambda at: candidates[at].estimated_ms)[:count]
+
+
+def _with_times(candidates: Sequence[Candidate], places: Sequence[int], timer: Timer) -> tuple[Candidate, ...]:
+    """The candidates, those at these places measured in one session."""
+    times = timer.time({f"candidate {place}": candidates[place].half for place in places})
     return tuple(replace(one, measured_ms=times.get(f"candidate {place}")) for place, one in enumerate(candidates))
+
+
+def _misjudged(candidates: Sequence[Candidate]) -> bool:
+    """Whether some that keep the budget were estimated to be faster than all FP16, and none that was timed is."""
+    half = candidates[0]
+    kept = [one for one in comparable(candidates[1:]) if one.kept]
+    return any(one.estimated_ms < half.estimated_ms for one in kept) and all(one.ms >= half.ms for one in kept)
 
 
 def _notes(held_out: HeldOut, device: Device | None, route: Route, assumed: bool, estimated: bool) -> Iterator[str]:
@@ -238,12 +307,12 @@ def _notes(held_out: HeldOut, device: Device | None, route: Route, assumed: bool
         yield f"latencies are estimated from multiply-accumulates and bytes at the rates of {whose}; none was measured"
 
 
-def _doubts(candidates: Sequence[Candidate], choice: Candidate, settings: MixedConfig) -> Iterator[str]:
+def _doubts(choice: Candidate, settings: MixedConfig, *, ended: bool) -> Iterator[str]:
     bounds, most = choice.figures.miou_drop_interval, settings.max_miou_drop
     if bounds is not None and most is not None and bounds.high > most:
         yield (
             f"the choice's drop of mean IoU, {choice.figures.miou_drop:+.5f}, may be up to {bounds.high:+.5f} on other "
             "images, beyond the budget; more mixed.images say more, mixed.judge_by: interval is careful"
         )
-    if len(candidates) >= settings.candidates:
+    if ended:
         yield "the search ended at mixed.candidates; more might find a faster choice"

@@ -8,16 +8,20 @@ import pytest
 import yaml
 
 from pipeline.artifacts import Device, from_json
+from pipeline.backends.rates import Rates
 from pipeline.calibration.table import CalibrationTable
-from pipeline.config import Config, load_config
-from pipeline.errors import CalibrationError, ConfigError, ModelError
+from pipeline.config import Config, MixedConfig, load_config
+from pipeline.errors import CalibrationError, ConfigError, EngineError, ModelError
 from pipeline.graph.placement import quantizable
 from pipeline.metrics.latency import Estimate
 from pipeline.mixed.chart import chart
+from pipeline.mixed.cost import BORDER_FACTOR, CostModel
 from pipeline.mixed.report import MixReport
+from pipeline.printing import print_mix
 from pipeline.stages.mix import excluded, mix
 from tests.planted_unet import CARD, PREPROCESSING, SENSITIVE, feeds, planted_unet, samples
-from tests.tiny_unet import observed_table, save, tiny_unet
+from tests.recorded_engines import engine, layer
+from tests.tiny_unet import SIZE, observed_table, save, tiny_unet
 
 CLEAN = planted_unet()
 HELD_OUT = samples(4, seed=7, model=CLEAN)
@@ -40,6 +44,15 @@ def config(**sections: object) -> Config:
 def run(folder: Path, settings: Config | None = None, images=HELD_OUT, table=TABLE, model=CLEAN, **more) -> MixReport:
     clean = save(model, folder / "clean.onnx")
     return mix(clean, table, images, settings or config(), CARD, None, folder, **more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _weak_gpu():
+    """On real ones so small a network takes the time of its kernels' starts, in any precision."""
+    weak = Rates({"int8": 2e9, "fp16": 1e9}, 1e12, "an H200, but slow")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pipeline.stages.mix.DEFAULT_RATES", weak)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +157,85 @@ def test_what_the_config_excludes_stays_out(tmp_path):
     assert report.choice.kept
 
 
+class FakeGpu:
+    """Every node takes a millisecond as a layer of its own, convolutions 3 in FP16; every border between two
+    precisions, as the graph's edges have it, takes ``border``."""
+
+    def __init__(self, border: float, profiles: bool = True) -> None:
+        self.border, self.profiles = border, profiles
+        self.sessions: list[list[tuple[str, ...]]] = []
+
+    def time(self, choices):
+        self.sessions.append(list(choices.values()))
+        return {name: Estimate(self.milliseconds(half), 0, 99, 0.95) for name, half in choices.items()}
+
+    def profile(self, half, whole_ms):
+        if not self.profiles:
+            raise EngineError("the engine reports no layer's time")
+        return engine([layer(row) for row in self.rows(half)], whole_ms)
+
+    def milliseconds(self, half):
+        cost = CostModel(CLEAN, {"image": (1, 3, SIZE, SIZE)})
+        return sum(row["ms"] for row in self.rows(half)) + self.border * cost.borders(set(cost.macs) - set(half))
+
+    def rows(self, half):
+        for node in CLEAN.graph.node:
+            if node.op_type != "Relu":
+                yield {"nodes": [node.name], "ms": 3.0 if node.name in half else 1.0}
+
+
 def test_measured_times_decide(tmp_path):
-    asked = {}
-
-    def timer(choices):
-        asked.update(choices)
-        # On this GPU, the fewer are INT8 the faster.
-        return {name: Estimate(10.0 - len(half), 0, 10, 0.95) for name, half in choices.items()}
-
-    report = run(tmp_path, timer=timer)
-    assert report.latency == "measured"
-    assert len(report.choice.half) == len(report.convolutions)
-    assert {len(half) for half in asked.values()} >= {0, 7}
-    assert report.speedup_kept == pytest.approx(10 / 3)
-    assert report.gain_kept is None
-    assert chart(report).count("<circle") == len(asked)
+    gpu = FakeGpu(border=0.5)
+    report = run(tmp_path, timer=gpu)
+    assert (report.latency, report.estimates) == ("measured", "layers")
+    assert report.rates.startswith("kernels of the engines all FP16 and all INT8, as profiled")
+    half, int8 = report.candidates[:2]
+    assert (half.ms, int8.ms) == (gpu.milliseconds(half.half), gpu.milliseconds(()))
+    assert half.estimated_ms == pytest.approx(half.ms)
+    assert int8.estimated_ms == pytest.approx(int8.ms)
+    assert SENSITIVE in report.choice.half
+    assert report.choice.ms == min(one.ms for one in report.candidates if one.kept and one.measured_ms) < half.ms
+    assert report.speedup_kept == pytest.approx(int8.ms / report.choice.ms)
+    assert len(gpu.sessions) == 2  # both ends for the cost model, then the finalists
+    assert chart(report).count("<circle") == len(gpu.sessions[1]) <= 2 + MixedConfig().finalists
     assert not any("estimated" in note for note in report.notes)
+
+
+def test_borders_dearer_than_estimated_are_corrected_once(tmp_path, caplog, capsys):
+    gpu = FakeGpu(border=9)
+    report = run(tmp_path, timer=gpu)
+    assert len(gpu.sessions) == 3
+    assert gpu.sessions[2][: len(gpu.sessions[1])] == gpu.sessions[1]
+    assert report.border_factor > BORDER_FACTOR
+    assert len(report.candidates) <= MixedConfig().candidates
+    timed = [one for one in report.candidates if one.measured_ms]
+    assert len(timed) > 2
+    for one in timed:
+        assert one.estimated_ms == pytest.approx(one.ms, rel=0.01)
+    assert len(report.choice.half) == len(report.convolutions)
+    assert report.why_all_half.startswith("no mixture that keeps the budget is faster than FP16 (the fastest takes ")
+    assert report.why_all_half.endswith(" ms, measured)")
+    caplog.set_level("INFO", "pipeline")
+    print_mix(report)
+    assert f"all 7 convolutions stay FP16: {report.why_all_half}" in capsys.readouterr().err
+
+
+def test_engines_that_cannot_be_profiled(tmp_path):
+    report = run(tmp_path, timer=FakeGpu(border=0.5, profiles=False))
+    assert (report.latency, report.estimates) == ("measured", "rates")
+    assert "H200" in report.rates
+    assert "the engine reports no layer's time: estimates are at the GPU's rates" in report.notes
+    assert report.choice.kept
+
+
+def test_nothing_but_fp16_keeps_the_budget(tmp_path):
+    report = run(tmp_path, config(mixed={"min_agreement": 1.0}), samples(2, 7, CLEAN), timer=FakeGpu(border=20))
+    assert len(report.choice.half) == len(report.convolutions)
+    assert report.why_all_half == "nothing else that was judged keeps the budget"
+
+
+def test_a_mixture_needs_no_reason(report):
+    assert report.why_all_half == ""
 
 
 def test_without_labels_agreement_is_the_budget(tmp_path):
