@@ -58,7 +58,7 @@ $(TRITON)/.ready: $(READY)
 lint: $(READY) $(TYPING)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	MYPYPATH=$(TYPING) $(VENV)/bin/mypy
+	$(VENV)/bin/mypy
 
 docs: $(VENV)/.docs ## the reference from the sources, and build/docs/index.html; a broken link is an error
 	$(VENV)/bin/python docs/generate.py
