@@ -18,6 +18,7 @@ from pipeline.printing import (
     print_cleaning,
     print_drift,
     print_facts,
+    print_init,
     print_json,
     print_mix,
     print_speed_verdict,
@@ -125,6 +126,30 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 
 # ---------------------------------------------------------------------- the whole
+
+
+@app.command()
+def init(
+    checkpoint: Annotated[Path, typer.Argument(help="Weights (.pth, .pt, .safetensors, .wts) or a network (.onnx).")],
+    images: Annotated[Path, typer.Argument(help="Folder of images, or of train and val, images and labels.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="Folder of label maps.", show_default="in or beside the images")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="CONFIG.yaml.", show_default="named as the checkpoint")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a configuration that is there.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a commented configuration by looking at a checkpoint and images."""
+    from pipeline.stages.init import init as write_config
+
+    report = write_config(checkpoint, images, output or Path(f"{checkpoint.stem}.yaml"), labels, overwrite=overwrite)
+    if json:
+        print_json(report)
+        return
+    print_init(report)
+    print(report.config)
 
 
 @app.command()

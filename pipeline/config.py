@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 
 Task = Literal["segmentation", "tensors"]
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
@@ -531,14 +531,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: unreadable file, unknown key (with the nearest valid one), wrong type, impossible combination.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"cannot read the configuration {path}: {error.strerror}",
+            f"cannot read the configuration {path}: {error.strerror}{did_you_mean(path)}",
             expected="a YAML file such as configs/cells.yaml",
-            fix="check -c / CONFIG=",
+            fix="check -c / CONFIG=, or write one with `unet-trt init`",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text: {error}", fix="name a YAML file") from error
+    return parse_config(text, path, overrides)
+
+
+def parse_config(text: str, path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a text, as ``load_config`` reads it from a file.
+
+    Args:
+        path: of the file that holds the text, or will; relative paths are relative to it.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}", fix="correct the file at the place named") from error
     if not isinstance(raw, dict):
         raise ConfigError(

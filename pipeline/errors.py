@@ -17,6 +17,9 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
+
 __all__ = [
     "BuildFolderError",
     "CalibrationError",
@@ -29,7 +32,11 @@ __all__ = [
     "PipelineError",
     "ServerError",
     "UnsupportedError",
+    "did_you_mean",
 ]
+
+# How much two names have to have in common, 0 … 1, to be taken for a slip.
+NEAR = 0.75
 
 
 class PipelineError(Exception):
@@ -97,3 +104,23 @@ class UnsupportedError(PipelineError):
     """This machine lacks what was asked for: a GPU, a library, a capability."""
 
     exit_code = 3
+
+
+def did_you_mean(path: Path) -> str:
+    """The end of a sentence about a path that does not exist: the nearest name in its folder; else nothing.
+
+    Names are compared without regard to case; where no whole name is near, without their endings. Of a folder that
+    does not exist, the nearest folder.
+    """
+    folder = path.parent
+    if path.exists() or folder == path:
+        return ""
+    if not folder.is_dir():
+        return did_you_mean(folder)
+    names = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
+    for key in (lambda name: name.lower(), lambda name: Path(name).stem.lower()):
+        known = {key(name): name for name in reversed(names)}
+        near = difflib.get_close_matches(key(path.name), list(known), 1, NEAR)
+        if near:
+            return f"; did you mean {folder / known[near[0]]}?"
+    return ""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.mixed.report import MixReport
     from pipeline.reports import BenchmarkReport
     from pipeline.stages.clean import CleaningReport
+    from pipeline.stages.init import InitReport
 
 log = logging.getLogger("pipeline")
 
@@ -124,6 +125,34 @@ def _cleaning_rows(report: CleaningReport) -> list[tuple[str, str]]:
     rows.append(("parser", _parser_says(report.parser)))
     rows += [("finding", f"{finding.node} ({finding.op}): {finding.reason}") for finding in report.findings]
     return rows
+
+
+def print_init(report: InitReport) -> None:
+    """What was seen and chosen, and what to look at, with the log messages: the path alone goes to stdout."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    network, images, classes, size = report.network, report.images, report.classes, report.size
+    known = network.factory or ("an ONNX file" if network.is_onnx else "of a layout that is not known here")
+    arguments = ", ".join(f"{name}={value}" for name, value in network.arguments.items())
+    rows = [
+        ("network", f"{known}{f' ({arguments})' if arguments else ''}, {network.parameters / 1e6:.2f} M parameters"),
+        ("training images", f"{report.train} in {images.train.images}"),
+        ("validation images", f"{report.validation} in {(images.validation or images.train).images}"),
+        ("label maps", f"values {', '.join(map(str, images.label_values))}" if images.labels_read else "none"),
+        ("classes", f"{classes.count}; {classes.reason}"),
+        ("sizes", size.reason),
+        ("fed as", f"{size.width}×{size.height} (width × height), resize: {size.resize}"),
+        ("mean; deviation", f"{_decimals(images.mean)}; {_decimals(images.std)} ({images.channels})"),
+    ]
+    print_table(("what", "was found"), rows, file=sys.stderr)
+    for line in report.checks:
+        print(f"check {line}", file=sys.stderr)
+    first = "" if report.ready else "fill in network.factory, then "
+    log.info("next: %s%s", first, report.command)
+
+
+def _decimals(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def print_calibration(report: CalibrationReport) -> None:

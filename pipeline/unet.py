@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline.config import UNET, NetworkConfig, Strict
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.networks import read_arrays
 from pipeline.wts import Form, shaped
 
@@ -61,10 +62,30 @@ def load_unet(network: NetworkConfig) -> UNetWeights:
             got=f"{network.factory or network.onnx}, weights {network.weights}",
             fix="set engine.source to onnx",
         )
-    arrays = read_arrays(network.weights)
-    flat = {name: np.asarray(array, np.float32).reshape(-1) for name, array in arrays.items()}
+    flat = _flat(read_arrays(network.weights))
     options = _options({**_inferred(flat), **network.arguments})
     return UNetWeights(options, shaped(flat, state_forms(options), network.weights))
+
+
+def recognised(arrays: Mapping[str, NDArray[Any]]) -> UNetOptions | None:
+    """The options that a state dict gives away, where all its names and sizes are those of such a UNet; else None.
+
+    Weights say nothing of ``align_corners`` and ``activation``, nor whether ``bilinear`` is ``nearest``: these are the
+    defaults.
+    """
+    flat = _flat(arrays)
+    found = _inferred(flat)
+    try:
+        options = _options(found) if found else None
+        if options is not None:
+            shaped(flat, state_forms(options), Path("the weights"))
+    except (ConfigError, ModelError):
+        return None
+    return options
+
+
+def _flat(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    return {name: np.asarray(array, np.float32).reshape(-1) for name, array in arrays.items()}
 
 
 def _inferred(flat: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
