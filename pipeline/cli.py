@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.printing import (
+    print_abilities,
     print_account,
     print_calibration,
     print_cleaning,
@@ -24,7 +26,9 @@ from pipeline.printing import (
     print_speed_verdict,
     print_table,
     print_timings,
+    suggest,
 )
+from pipeline.progress import working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -95,6 +99,9 @@ def main() -> None:
     """
     from pipeline.errors import PipelineError
 
+    if not (sys.stderr.isatty() or os.environ.get("FORCE_COLOR")):
+        # Typer colours its messages on GitHub's runners, where no terminal is either.
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     arguments = sys.argv[1:]
     flags = [a for a in arguments if a in GLOBAL_FLAGS]
     try:
@@ -176,6 +183,8 @@ def run(
         work.verdict(precisions)
         if require_speedup:
             work.require_speedup(precisions)
+        if not json:
+            _suggest_predicting(work, precisions)
 
 
 @app.command()
@@ -186,11 +195,13 @@ def report(
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Write the HTML page (after whatever it still needs)."""
     settings = _load(config, overrides, backend)
     with _run(settings, build_dir, force) as work:
-        print(work.report(_precisions(settings, precision)))
+        page = work.report(_precisions(settings, precision))
+    print(page.with_name("report.json").read_text(encoding="utf-8") if json else page)
 
 
 # ---------------------------------------------------------------------- single stages
@@ -202,10 +213,16 @@ def export(
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Torch network to ONNX."""
     with _run(_load(config, overrides), build_dir, force) as work:
-        print(work.export())
+        model = work.export()
+    if json:
+        print(model.with_name("report.json").read_text(encoding="utf-8"))
+        return
+    print(model)
+    _suggest("clean", config, build_dir, overrides)
 
 
 @app.command()
@@ -253,20 +270,25 @@ def clean(
         promised = ProfileRange(min=multiple_of, opt=4 * multiple_of, max=8 * multiple_of, multiple_of=multiple_of)
         profiles = {"height": promised, "width": promised} if multiple_of > 1 else {}
         settings = _section(CleanConfig, given)
-        result = clean_file(
-            model,
-            output,
-            report,
-            settings.tolerance,
-            profiles=profiles,
-            input=settings.input,
-            output=settings.output,
-        )
+        with working("cleaning"):
+            result = clean_file(
+                model,
+                output,
+                report,
+                settings.tolerance,
+                profiles=profiles,
+                input=settings.input,
+                output=settings.output,
+            )
     if json:
         print_json(result)
         return
     print_cleaning(result)
     print(output)
+    if model is None:
+        _suggest("calibrate", config, build_dir, overrides)
+    else:
+        suggest("unet-trt", "calibrate", output, "--images", "DIR", "-o", "calibration.cache")
 
 
 @app.command()
@@ -328,6 +350,11 @@ def calibrate(
         return
     print_calibration(result)
     print(target)
+    if model is None:
+        _suggest("engine", config, build_dir, overrides, "-p", "int8")
+    else:
+        more = ("--calibration-cache", target, "-o", "model.engine")
+        suggest("unet-trt", "engine", model, "-p", "int8", *more)
 
 
 @app.command()
@@ -345,17 +372,24 @@ def engine(
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
     force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Build an engine."""
     if model is None:
         settings = _load(config, overrides, backend, route)
+        built = {}
         with _run(settings, build_dir, force) as work:
             for each in _precisions(settings, precision):
-                folder = work.engine(each)
+                built[each] = folder = work.engine(each)
                 if each == "mixed":
                     print_mix(work.mix())
-                plan = folder / "model.engine"
-                print(plan if plan.is_file() else folder / "model.onnx")
+                if not json:
+                    plan = folder / "model.engine"
+                    print(plan if plan.is_file() else folder / "model.onnx")
+        if json:
+            print_json({each: _built(folder) for each, folder in built.items()})
+            return
+        _suggest("validate", config, build_dir, overrides, *_chosen(precision))
         return
     from pipeline.artifacts import sha256_file
     from pipeline.calibration.table import read_cache
@@ -384,8 +418,13 @@ def engine(
     cache_sha256 = sha256_file(calibration_cache) if calibration_cache else None
     card = read_card(load_model(model))
     target = _own_file(target, [*model_files(model), *([calibration_cache] if calibration_cache else [])])
-    build_engine_file(model, chosen, settings_of_engine, table, cache_sha256, card, target)
+    with working(f"building {target.name}"):
+        manifest = build_engine_file(model, chosen, settings_of_engine, table, cache_sha256, card, target)
+    if json:
+        print_json(manifest)
+        return
     print(target)
+    suggest("unet-trt", "validate", model, "--engine", target, "--images", "DIR", "--labels", "DIR")
 
 
 @app.command()
@@ -423,6 +462,8 @@ def validate(
                 work.validate(each)
             _print_verdict(work, precisions, None, json)
             work.verdict(precisions)
+        if not json:
+            _suggest("benchmark", config, build_dir, overrides, *_chosen(precision))
         return
     if layers:
         from pipeline.errors import ConfigError
@@ -474,6 +515,8 @@ def benchmark(
             print_timings(timings)
         if require_speedup:
             work.require_speedup(precisions)
+    if not json:
+        _suggest("report", config, build_dir, overrides)
 
 
 @app.command()
@@ -490,6 +533,7 @@ def regress(
     backend: BackendOption = None,
     build_dir: BuildOption = BUILD,
     overrides: SetOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Compare a run's figures with the committed baseline."""
     from pipeline.artifacts import write_atomically
@@ -509,17 +553,20 @@ def regress(
         comparison = stage.update(settings.name, network, reports, timings, path, reason)
     else:
         comparison = stage.compare(settings.name, network, reports, timings, path)
-    print_table(("figure", "baseline", "now", "change", "allowed", "result"), stage.rows(comparison))
-    for why in comparison.skipped:
-        print(f"not compared: {why}")
+    if json:
+        print_json(comparison)
+    else:
+        print_table(("figure", "baseline", "now", "change", "allowed", "result"), stage.rows(comparison))
+        for why in comparison.skipped:
+            print(f"not compared: {why}")
     if junit is not None:
         write_atomically(junit, stage.junit(comparison))
     if markdown is not None:
         write_atomically(markdown, stage.markdown(comparison).encode())
-    if update:
-        print(f"accepted: {path}")
-    else:
+    if not update:
         comparison.verdict()
+    elif not json:
+        print(f"accepted: {path}")
 
 
 def _bad_reason(update: bool) -> Exception:
@@ -537,6 +584,7 @@ def train(
         Path | None, typer.Option("-o", "--output", help="Default: the config's network.weights.")
     ] = None,
     overrides: SetOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Train the network from scratch and write its weights with a card."""
     from pipeline.stages.train import train as train_network
@@ -544,7 +592,11 @@ def train(
     settings = _load(config, overrides)
     target = _required(output or settings.network.weights, "-o WEIGHTS.safetensors")
     result = train_network(settings, target)
+    if json:
+        print_json(result)
+        return
     print(f"{target}: mIoU {result.mean_iou_half:.4f} in {result.seconds:.0f} s")
+    _suggest("run", config, BUILD, overrides)
 
 
 # ---------------------------------------------------------------------- models in use
@@ -613,14 +665,19 @@ def convert_weights(
         Path | None, typer.Option("-c", "--config", help="Or a configuration that names the network.")
     ] = None,
     overrides: SetOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Write the weights of one file into another, bit by bit."""
     from pipeline.stages.weights import convert_weights as convert
 
     network = _load(config, overrides).network if config else None
     target = _own_file(target, [source, *([like] if like else [])])
-    count = convert(source, target, like, network)
-    print(f"{target}: {count} tensors")
+    with working("converting"):
+        count = convert(source, target, like, network)
+    if json:
+        print_json({"file": str(target), "tensors": count})
+    else:
+        print(f"{target}: {count} tensors")
 
 
 @app.command()
@@ -663,6 +720,7 @@ def predict(
     distributed: DistributedOption = False,
     address: AddressOption = None,
     workers: WorkersOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Images in, masks out."""
     from pipeline.errors import ConfigError, DataError
@@ -691,8 +749,11 @@ def predict(
         else:
             predictor = stack.enter_context(opens())
         outcome = predict_images(predictor, identity or predictor.sha256, inputs, wanted, fleet)
-    earlier = f", {outcome.already} done before" if outcome.already else ""
-    print(f"{outcome.done} mask(s) in {output}{earlier}")
+    if json:
+        print_json(outcome)
+    else:
+        earlier = f", {outcome.already} done before" if outcome.already else ""
+        print(f"{outcome.done} mask(s) in {output}{earlier}")
     if outcome.failed:
         raise DataError(
             f"{outcome.failed} image(s) could not be read, the first: {outcome.first_failure}",
@@ -717,10 +778,15 @@ def inspect(
 
 @app.command()
 def doctor(json: JsonOption = False) -> None:
-    """Say what this machine can do, and why not."""
-    from pipeline.inspection import examine_machine
+    """Say what this machine can do, why not, and what to install."""
+    from pipeline.doctor import examine_machine
 
-    print_facts(examine_machine(), json)
+    facts = examine_machine()
+    if json:
+        print_json(facts)
+    else:
+        print_abilities(facts)
+        suggest("unet-trt", "init", "CHECKPOINT", "IMAGES")
 
 
 # ---------------------------------------------------------------------- helpers
@@ -775,14 +841,46 @@ def _gpu_engines(model: Path, precisions: Sequence[str], cache: Path | None, fol
     return GpuEngines(model.absolute(), chosen, EngineConfig(), cache and cache.absolute(), kept)
 
 
+def _suggest(command: str, config: Path | None, build: Path, overrides: Sequence[str] | None, *more: str) -> None:
+    """The next command on the same configuration, in the same folder, with the same overrides."""
+    folder = ["--build-dir", build] if build != BUILD else []
+    sets = [part for override in overrides or () for part in ("--set", override)]
+    suggest("unet-trt", command, "-c", config, *folder, *sets, *more)
+
+
+def _suggest_predicting(work: Run, precisions: Sequence[Precision]) -> None:
+    """With the engine of the last precision that runs here, or with the clean graph."""
+    if work.config.task != "segmentation":
+        return
+    engines = [work.engine(each) / "model.engine" for each in precisions if not work.validate(each).candidate.emulated]
+    suggest("unet-trt", "predict", engines[-1] if engines else work.clean(), "IMAGES", "-o", "masks/")
+
+
+def _chosen(precision: Sequence[str] | None) -> list[str]:
+    return [part for each in precision or () for part in ("-p", each)]
+
+
+def _built(folder: Path) -> dict[str, Any]:
+    """What lies in an engine's folder, for programs."""
+    import json
+
+    files = {name: folder / file for name, file in (("engine", "model.engine"), ("onnx", "model.onnx"))}
+    manifest = folder / "manifest.json"
+    return {
+        **{name: str(file) if file.is_file() else None for name, file in files.items()},
+        "manifest": json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None,
+    }
+
+
 def _precision(name: str) -> Precision:
     from pipeline.config import ALL_PRECISIONS
-    from pipeline.errors import ConfigError
+    from pipeline.errors import ConfigError, nearest
 
     for precision in ALL_PRECISIONS:
         if precision == name:
             return precision
-    raise ConfigError(f"there is no precision {name!r}", expected=", ".join(ALL_PRECISIONS), got=name)
+    near = nearest(name, ALL_PRECISIONS)
+    raise ConfigError(f"there is no precision {name!r}{near}", expected=", ".join(ALL_PRECISIONS), got=name)
 
 
 def _precisions(config: Config, names: Sequence[str] | None) -> tuple[Precision, ...]:
@@ -936,9 +1034,24 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
             print(f"masks:  {work.folder / 'validate'}/<precision>/overlays")
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to what is ``sys.stderr`` at the time: bars put themselves there, so that lines come above them."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
 def _set_up_logging(debug: bool, quiet: bool) -> None:
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s" if debug else "%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(level)

@@ -6,7 +6,6 @@ folder. ``$NAME`` and ``${NAME}`` in a path are replaced from the environment.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import ConfigError, did_you_mean
+from pipeline.errors import ConfigError, did_you_mean, nearest
 
 Task = Literal["segmentation", "tensors"]
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
@@ -594,12 +593,13 @@ def _explain(error: ValidationError) -> list[str]:
         where = ".".join(str(part) for part in item["loc"]) or "the whole"
         if item["type"] == "extra_forbidden":
             known = _keys_at(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"  {where}: unknown key; {hint}")
+            near = nearest(str(item["loc"][-1]), known)
+            lines.append(f"  {where}: unknown key{near or '; known keys: ' + ', '.join(known)}")
         else:
             got = "" if item["type"] == "missing" or not item["loc"] else f" (got {str(item['input'])[:120]!r})"
-            lines.append(f"  {where}: {item['msg'].removeprefix('Value error, ')}{got}")
+            values = re.findall("'([^']*)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
+            near = nearest(str(item["input"]), values)
+            lines.append(f"  {where}: {item['msg'].removeprefix('Value error, ')}{got}{near}")
         if item["loc"] == ("data", "root"):
             lines.append("  to fix: set the variable, or give --set data.root=FOLDER")
     return lines

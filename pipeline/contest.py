@@ -25,6 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.graph.io import load_model
 from pipeline.metrics.interleaving import Interleaved, interleave
 from pipeline.metrics.latency import Estimate
+from pipeline.progress import paused
 from pipeline.reports import Accuracy, EngineAccount
 from pipeline.speed import account_for
 
@@ -171,6 +172,8 @@ class Contest(Closing):
             except PipelineError as error:
                 raise _FellOut(name, error) from error
 
+        whole = len(names) * (config.warmup_seconds + config.seconds * (1 + 1 / config.rounds))
+        log.info("timing %s on the %s: %.0f s or a little more", ", ".join(names), clock, whole)
         for name in names:
             turn(name, config.warmup_seconds)
         return interleave({name: functools.partial(turn, name) for name in names}, config.rounds)
@@ -211,7 +214,7 @@ class Choices(Closing):
         for name, half in choices.items():
             opens = functools.partial(load_engine, self._plan(half))
             contestants.append(Contestant(name, functools.partial(GpuContender, opens, "engine")))
-        with Contest(contestants, self._feed) as contest:
+        with paused(), Contest(contestants, self._feed) as contest:
             turns = contest.time(list(choices), "GPU", self._config, Meter(None))
             return {name: turns.latency(name) for name in choices} if turns else {}
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.artifacts import SCHEMA_VERSION, EngineManifest, from_json, sha256_bytes
 from pipeline.backends import cuda, tensorrt, tensorrt_rtx
 from pipeline.backends.runner import EngineRunner
-from pipeline.errors import BuildFolderError, EngineError, PipelineError, UnsupportedError
+from pipeline.errors import BuildFolderError, EngineError, PipelineError, UnsupportedError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ def load_engine(path: Path, *, trust: bool = False) -> EngineRunner:
     try:
         plan = path.read_bytes()
     except OSError as error:
-        raise EngineError(f"cannot read the engine {path}: {error.strerror}", fix="check the path") from error
+        raise EngineError(
+            f"cannot read the engine {path}: {error.strerror}{did_you_mean(path)}", fix="check the path"
+        ) from error
     try:
         manifest = read_manifest(path)
         _check_file(path, plan, manifest)

@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = [
@@ -33,9 +34,10 @@ __all__ = [
     "ServerError",
     "UnsupportedError",
     "did_you_mean",
+    "nearest",
 ]
 
-# How much two names have to have in common, 0 … 1, to be taken for a slip.
+# How much two file names have to have in common, 0 … 1, to be taken for a slip.
 NEAR = 0.75
 
 
@@ -106,21 +108,26 @@ class UnsupportedError(PipelineError):
     exit_code = 3
 
 
-def did_you_mean(path: Path) -> str:
-    """The end of a sentence about a path that does not exist: the nearest name in its folder; else nothing.
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that there is not: the nearest that there is; else nothing."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
-    Names are compared without regard to case; where no whole name is near, without their endings. Of a folder that
-    does not exist, the nearest folder.
+
+def did_you_mean(path: Path) -> str:
+    """The end of a sentence about a path that does not exist: the nearest in its folder; else nothing.
+
+    Where the folder does not exist either, the nearest folder.
     """
     folder = path.parent
-    if path.exists() or folder == path:
+    try:
+        if path.exists() or folder == path:
+            return ""
+        if not folder.is_dir():
+            return did_you_mean(folder)
+        names = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
+    except OSError:  # a folder that may not be read
         return ""
-    if not folder.is_dir():
-        return did_you_mean(folder)
-    names = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
-    for key in (lambda name: name.lower(), lambda name: Path(name).stem.lower()):
-        known = {key(name): name for name in reversed(names)}
-        near = difflib.get_close_matches(key(path.name), list(known), 1, NEAR)
-        if near:
-            return f"; did you mean {folder / known[near[0]]}?"
-    return ""
+    known = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(path.name.lower(), list(known), 1, NEAR)
+    return f"; did you mean {folder / known[near[0]]}?" if near else ""

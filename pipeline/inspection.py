@@ -1,10 +1,9 @@
-"""What a file holds, and what this machine can do: facts as plain JSON values."""
+"""What a file holds: facts as plain JSON values."""
 
 from __future__ import annotations
 
 import collections
 import math
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from pipeline.artifacts import EngineManifest, from_json, tool_version
-from pipeline.errors import InputError, PipelineError
+from pipeline.artifacts import EngineManifest, from_json
+from pipeline.errors import InputError, PipelineError, did_you_mean
 from pipeline.reports import BenchmarkReport, EngineAccount
 
 if TYPE_CHECKING:
     from pipeline.backends.runner import EngineRunner
-
-PACKAGES = ("torch", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "tensorrt", "cuda-python", "numpy")
 
 # Of the report beside a calibration cache; its ranges are those of the cache.
 REPORTED = ("calibrator", "image_count", "skipped", "images_sha256", "graph_sha256", "preprocessing_sha256", "notes")
@@ -34,7 +31,10 @@ def inspect_file(path: Path) -> dict[str, Any]:
             BuildFolderError: damaged.
     """
     if not path.is_file():
-        raise InputError(f"the file {path} does not exist", expected="an .onnx, .engine, .cache, .json or .pbtxt file")
+        raise InputError(
+            f"the file {path} does not exist{did_you_mean(path)}",
+            expected="an .onnx, .engine, .cache, .json or .pbtxt file",
+        )
     kinds = {
         ".onnx": _onnx,
         ".engine": _engine,
@@ -46,30 +46,6 @@ def inspect_file(path: Path) -> dict[str, Any]:
     if path.suffix not in kinds:
         raise InputError(f"{path} is of no known kind", expected=", ".join(kinds), got=path.suffix or "no ending")
     return kinds[path.suffix](path)
-
-
-def examine_machine() -> dict[str, Any]:
-    """Versions, and what each backend can build and run here, with the reason where it cannot."""
-    from pipeline.backends.registry import all_capabilities
-
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
-    facts["packages"] = {name: tool_version(name) or "not installed" for name in PACKAGES}
-    for c in all_capabilities():
-        rows: dict[str, Any] = {
-            "version": c.version or "not installed",
-            "builds engines": "yes" if c.builds else f"no: {c.why_not_build}",
-            "runs": "yes" if c.runs else f"no: {c.why_not_run}",
-            "routes": ", ".join(c.routes) or "none",
-        }
-        if c.device is not None:
-            rows["GPU"] = f"{c.device.name}, compute capability {c.device.compute_capability}, driver {c.device.driver}"
-        if c.target_capabilities:
-            rows["engines run on compute capability"] = ", ".join(c.target_capabilities)
-        facts[c.name] = {**rows, **c.details}
-    return facts
 
 
 def _onnx(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pipeline.calibration.table import some
 from pipeline.config import NetworkConfig
-from pipeline.errors import ModelError, UnsupportedError
+from pipeline.errors import ModelError, UnsupportedError, did_you_mean
 from pipeline.wts import Form, read_wts, shaped
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], config: NetworkConfig
 def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise ModelError(
-            f"the weights file {path} does not exist",
+            f"the weights file {path} does not exist{did_you_mean(path)}",
             expected="a .safetensors, .wts, .pth or .pt file",
             fix="correct network.weights, or make the weights with `unet-trt train`",
         )

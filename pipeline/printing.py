@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -147,8 +148,7 @@ def print_init(report: InitReport) -> None:
     print_table(("what", "was found"), rows, file=sys.stderr)
     for line in report.checks:
         print(f"check {line}", file=sys.stderr)
-    first = "" if report.ready else "fill in network.factory, then "
-    log.info("next: %s%s", first, report.command)
+    log.info("next: %s%s", "" if report.ready else "fill in network.factory, then ", report.command)
 
 
 def _decimals(values: Sequence[float]) -> str:
@@ -235,17 +235,40 @@ def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
     return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO = sys.stdout) -> None:
-    """A table as wide as the terminal, or 160 columns."""
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, file: TextIO | None = None) -> None:
+    """A table as wide as the terminal, or 160 columns; on stdout unless told otherwise."""
     from rich.console import Console
     from rich.table import Table
 
+    file = file or sys.stdout
     table = Table(*headings)
     for row in rows:
         table.add_row(*row)
     # Piped output has no width of its own; a narrow guess would cut the cells. Names may hold brackets and colons.
     console = Console(file=file, width=None if file.isatty() else 160, markup=False, emoji=False)
     console.print(table)
+
+
+def print_abilities(facts: Mapping[str, Any]) -> None:
+    """What ``doctor`` found: a table of abilities, the commands that install what is missing, and versions."""
+    abilities = facts["abilities"]
+    rows = [(one["what"], "yes" if one["able"] else "no", one["by"] or one["why_not"]) for one in abilities]
+    print_table(("on this machine", "", "with, or why not"), rows)
+    for name in facts:
+        if isinstance(facts[name], dict) and "GPU" in facts[name]:
+            print(f"GPU: {facts[name]['GPU']}")
+            break
+    missing = dict.fromkeys(one["install"] for one in abilities if one["install"])
+    for command in missing:
+        wanted = [one["what"] for one in abilities if one["install"] == command]
+        print(f"to {' and '.join(wanted)}:\n  {command}")
+    versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    print(f"python {facts['python']} on {facts['machine']}; {versions}")
+
+
+def suggest(*words: object) -> None:
+    """The next command, with the log messages."""
+    log.info("next: %s", shlex.join(map(str, words)))
 
 
 def print_facts(facts: Any, json: bool) -> None:

@@ -34,6 +34,7 @@ from pipeline.artifacts import (
     write_atomically,
 )
 from pipeline.errors import BuildFolderError
+from pipeline.progress import working
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class BuildFolder:
             log.info("%s: running", name)
             started = time.perf_counter()
             self._remember(name, None)
-            with replaced_folder(target) as folder:
+            with working(name), replaced_folder(target) as folder:
                 make(folder)
             seconds = time.perf_counter() - started
             files = sorted(path for path in target.rglob("*") if path.is_file())

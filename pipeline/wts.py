@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import write_atomically
 from pipeline.calibration.table import some
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ def read_wts(path: Path) -> dict[str, NDArray[np.float32]]:
                 tensors[name] = values
     except OSError as error:
         raise ModelError(
-            f"cannot read the weights file {path}: {error.strerror}", expected="a .wts file", fix="check the path"
+            f"cannot read the weights file {path}: {error.strerror}{did_you_mean(path)}",
+            expected="a .wts file",
+            fix="check the path",
         ) from error
     if len(tensors) < announced:
         raise _damaged(path, len(tensors) + 2, f"{announced} tensors, as line 1 says", f"the end after {len(tensors)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pipeline.calibration.report import CalibrationReport, report_beside
-from pipeline.errors import CalibrationError
+from pipeline.errors import CalibrationError, did_you_mean
 
 # Header names by algorithm: IInt8EntropyCalibrator2 and IInt8MinMaxCalibrator write and read these. TensorRT has no
 # calibrator for the others, and takes the scales alone: their caches go under the name that most programs ask for.
@@ -121,7 +121,8 @@ def read_cache(path: Path) -> CalibrationTable:
         text = data.decode()
     except OSError as error:
         raise CalibrationError(
-            f"cannot read the calibration cache {path}: {error.strerror}", fix="check the path, or calibrate first"
+            f"cannot read the calibration cache {path}: {error.strerror}{did_you_mean(path)}",
+            fix="check the path, or calibrate first",
         ) from error
     except UnicodeDecodeError as error:
         raise CalibrationError(

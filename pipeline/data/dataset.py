@@ -16,7 +16,7 @@ from pipeline.artifacts import ModelCard, sha256_file, sha256_json
 from pipeline.config import DataConfig, PreprocessingConfig, SplitConfig
 from pipeline.data.preprocessing import Pixels, read_image, read_label
 from pipeline.data.synthetic import CELLS_SIZE, SHAPES_SIZE, draw_cells, draw_shapes
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, did_you_mean
 
 Split = Literal["train", "validation", "calibration"]
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -209,7 +209,7 @@ def _found(folder: Path, what: str) -> tuple[list[Path], Callable[[Path], str]]:
     if "*" not in str(folder):
         if not folder.is_dir():
             raise DataError(
-                f"the folder {folder} does not exist",
+                f"the folder {folder} does not exist{did_you_mean(folder)}",
                 expected=f"a folder of {what}",
                 fix="check data.root (--set data.root=FOLDER) and the split's folder names",
             )

@@ -18,7 +18,7 @@ from pipeline.data.dataset import IMAGE_ENDINGS
 from pipeline.data.pixels import Picture, open_picture
 from pipeline.data.preprocessing import UNDECODABLE
 from pipeline.data.videos import VIDEO_ENDINGS, frames
-from pipeline.errors import DataError
+from pipeline.errors import DataError, did_you_mean
 
 # As decoding and encoding leave Python's lock to others for most of their time.
 THREADS = min(16, os.cpu_count() or 1)
@@ -147,7 +147,7 @@ def _files_of(given: Path, apart: Path) -> list[Path]:
     elif MAGIC.search(pattern):
         files, what = list(Path(given.anchor).glob(str(given.relative_to(given.anchor)))), "glob"
     else:
-        raise DataError(f"the image {given} does not exist", fix="check the path")
+        raise DataError(f"the image {given} does not exist{did_you_mean(given)}", fix="check the path")
     inside = apart.resolve()
     files = sorted(
         path

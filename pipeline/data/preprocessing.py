@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import PreprocessingConfig
-from pipeline.errors import DataError, ModelError
+from pipeline.errors import DataError, ModelError, did_you_mean
 from pipeline.metrics.outputs import strongest_class
 
 Pixels = NDArray[np.uint8]
@@ -89,7 +89,9 @@ class OpenedImage:
                 self.image.load()
                 opened.pop_all()
         except FileNotFoundError as error:
-            raise DataError(f"the image {self.path} does not exist", fix="check the path") from error
+            raise DataError(
+                f"the image {self.path} does not exist{did_you_mean(self.path)}", fix="check the path"
+            ) from error
         except UNDECODABLE as error:
             raise DataError(
                 f"the image {self.path} cannot be decoded: {error}",

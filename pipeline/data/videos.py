@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.data.pixels import Picture, picture_of_array
 from pipeline.data.preprocessing import Pixels
-from pipeline.errors import DataError, UnsupportedError
+from pipeline.errors import DataError, UnsupportedError, did_you_mean
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
 # Of the frames that a video's header announces, those that may be missing: durations are rounded.
@@ -26,7 +26,7 @@ def frames(path: Path, channels: str) -> Iterator[Picture]:
         DataError: the file is missing or no video; after the last frame, where it has fewer than its header says.
     """
     if not path.is_file():
-        raise DataError(f"the video {path} does not exist", fix="check the path")
+        raise DataError(f"the video {path} does not exist{did_you_mean(path)}", fix="check the path")
     decoder = decoder_for(path)
     read = _read_ffmpeg if decoder.__name__ == "imageio_ffmpeg" else _read_opencv
     count, expected = 0, 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import time
@@ -37,8 +38,11 @@ class Show(Closing):
         self._done = 0
         self._seconds: deque[float] = deque(maxlen=RECENT)  # an item
         self._told: set[int] = set()
-        self._bars = bars()
+        self._shown = contextlib.ExitStack()
+        self._bars = self._shown.enter_context(bars())
         self._task = self._bars.add_task(what, total=total) if self._bars is not None else None
+        if self._bars is not None and self._task is not None:
+            self._shown.callback(self._bars.remove_task, self._task)
 
     def add(self, portion: Portion[Any], seconds: float | None) -> None:
         """A portion is finished, after so many seconds; None where it was lost."""
@@ -51,7 +55,7 @@ class Show(Closing):
         now = time.monotonic()
         at_work, rate = len(self._crew.running), self._rate
         if self._bars is not None and self._task is not None:
-            said = f"{self._what}, {at_work} at work, {rate:.1f}/s"
+            said = f"{self._what}, {at_work} at work"
             self._bars.update(self._task, completed=self._done, description=said)
         elif now - self._last > PLAIN_LINE_SECONDS:
             self._last = now
@@ -60,8 +64,7 @@ class Show(Closing):
             self._name_stragglers(now)
 
     def close(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        self._shown.close()
         took, workers = self._seconds_at_work, len(self._crew.known)
         said = f"{self._what}: {self._done} in {took:.1f} s, {self._rate:.1f} a second, {workers} workers"
         log.info("%s, ready after %.1f s", said, time.monotonic() - self._opened - took)

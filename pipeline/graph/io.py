@@ -18,7 +18,7 @@ from onnx.numpy_helper import from_array, to_array
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.artifacts import ModelCard, TensorSpec, process_name, sha256_file, sha256_json
-from pipeline.errors import BuildFolderError, ModelError
+from pipeline.errors import BuildFolderError, ModelError, did_you_mean
 
 CARD_KEY = "unet_trt.card"
 # A protobuf message ends at 2 GiB. With more bytes of tensors than this they get a file; the rest is for the graph.
@@ -257,7 +257,7 @@ def _read(path: Path) -> onnx.ModelProto:
             raise ModelError(f"{path} is empty", expected="a complete .onnx file", fix="export or copy it again")
         model = onnx.load(path, load_external_data=False)
     except FileNotFoundError as error:
-        raise ModelError(f"the file {path} does not exist", fix="check the path") from error
+        raise ModelError(f"the file {path} does not exist{did_you_mean(path)}", fix="check the path") from error
     except (DecodeError, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if not model.HasField("graph"):

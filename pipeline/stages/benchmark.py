@@ -31,6 +31,7 @@ from pipeline.graph.io import load_model
 from pipeline.metrics.interleaving import MOST_WARM_UPS, SETTLED, Interleaved
 from pipeline.metrics.latency import summarise
 from pipeline.own_figures import OwnClock
+from pipeline.progress import paused
 from pipeline.reports import BenchmarkReport, EngineAccount, OwnFigure, SpeedVerdict, Throughput, Timing
 from pipeline.speed import account_for, judge, no_verdict
 from pipeline.throughput import by_batch, by_streams
@@ -72,7 +73,7 @@ def benchmark(
         PipelineError: a required contestant cannot run.
     """
     notes: list[str] = []
-    with Contest(contestants, feed) as contest, _metered(contest, notes) as meter:
+    with paused(), Contest(contestants, feed) as contest, _metered(contest, notes) as meter:
         gpu = contest.time(contest.on_gpu(), "GPU", config, meter)
         # Copies leave the GPU idle between inferences: its clocks and its energy are those of the turns before.
         whole = contest.time(contest.on_gpu(), "host", config, Meter(None))
@@ -87,7 +88,8 @@ def benchmark(
         fed = {name: {entry.contender.source.name: entry.fed} for name, entry in contest.entries.items()}
         absent = {**not_run, **contest.not_run}
     # Other programs load the engine themselves: nothing else is in the GPU's memory by then.
-    own = _own_figures(own_clocks or {}, fed, config, absent)
+    with paused():
+        own = _own_figures(own_clocks or {}, fed, config, absent)
     report = BenchmarkReport(
         timings=tuple(timings),
         not_run=absent,
@@ -138,6 +140,7 @@ def _on_cpu(contest: Contest, config: BenchmarkConfig) -> Interleaved | None:
     if len(names) != 1:
         return contest.time(names, "host", config, Meter(None))
     (name,) = names
+    log.info("timing %s on the CPU: %.0f s or a little more", name, config.seconds + config.warmup_seconds)
     times = contest.entries[name].contender.host_milliseconds(config.seconds, config.warmup_seconds)
     return Interleaved({name: np.median(times, keepdims=True)}, {name: times}, 1, True)
 

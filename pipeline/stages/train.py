@@ -22,6 +22,7 @@ from pipeline.data.preprocessing import Pixels, fit_image, fit_label, normalise,
 from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.metrics.segmentation import class_iou, confusion_matrix, mean_iou
 from pipeline.networks import build_network
+from pipeline.progress import track
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,7 +97,7 @@ def train(config: Config, weights: Path) -> TrainingReport:
     class_weights = torch.tensor(recipe.class_weights, device=device) if recipe.class_weights else None
     losses: list[Tensor] = []
     network.train()
-    for step, (image_batch, label_batch) in enumerate(_batches(samples, config), 1):
+    for step, (image_batch, label_batch) in enumerate(track(_batches(samples, config), "training", recipe.steps), 1):
         images = torch.from_numpy(image_batch).to(device)
         labels = torch.from_numpy(label_batch).to(device).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
