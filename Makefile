@@ -17,7 +17,7 @@ COMMON    = -c $(CONFIG) --build-dir $(BUILD) $(SETS)
 CHOSEN    = $(foreach precision,$(PRECISION),-p $(precision)) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-matrix test-gpu triton lint docs export clean-graph calibrate engine validate benchmark report regress train
+.PHONY: help setup run test test-matrix test-gpu triton coverage lint docs export clean-graph calibrate engine validate benchmark report regress train
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ $(TRITON)/.ready: $(READY)
 		&& cd $(TRITON)/lib/python*/site-packages/pytriton/tritonserver \
 		&& cp python_backend_stubs/$$(basename $$(cd ../../../ && pwd) | tr -d python)/triton_python_backend_stub backends/python/
 	@touch $@
+
+coverage: $(READY) $(TRITON)/.ready ## the tests again, and which lines of pipeline/ they leave out
+	$(TEST) --cov --cov-report=term-missing
 
 lint: $(READY) $(TYPING)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .

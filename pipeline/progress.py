@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 PLAIN_LINE_SECONDS = 15
+# Earlier a pace says nothing.
+SURE_SECONDS = 0.2
 
 
 class _Display:
@@ -94,7 +96,7 @@ def pace(done: float, total: float | None, elapsed: float, speed: float | None) 
     if total is None:
         return duration(elapsed)
     steps = f"{done:.0f} of {total:.0f}"
-    if not speed:
+    if not speed or elapsed < SURE_SECONDS:
         return f"{steps}, {duration(elapsed)}"
     rate = f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
     return f"{steps}, {rate}, {duration((total - done) / speed)} left"

@@ -160,8 +160,8 @@ def _class_note(network: NetworkFacts, classes: Classes) -> str:
     if network.card:
         return "as the ONNX file says"
     if not network.is_known:
-        return f"CHECK how many, and their names; {classes.reason}"
-    return f"CHECK their names; the network gives {classes.count}, and {classes.reason}"
+        return f"CHECK how many, and their names: {classes.reason}"
+    return f"CHECK their names; the network gives {classes.count}"
 
 
 def _profile(network: NetworkFacts, size: Size) -> dict[str, dict[str, int]]:

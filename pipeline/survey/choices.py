@@ -162,5 +162,7 @@ def _range(sizes: Mapping[tuple[int, int], int]) -> str:
 
 
 def _shown(values: Sequence[int]) -> str:
+    if len(values) > 3 and values[-1] - values[0] == len(values) - 1:
+        return f"{values[0]}…{values[-1]}"
     text = [str(value) for value in values]
     return ", ".join(text if len(text) <= 24 else [*text[:20], "…", text[-1]])

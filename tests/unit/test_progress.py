@@ -111,6 +111,7 @@ def test_lines_instead_of_bars_without_a_terminal(
 ) -> None:
     caplog.set_level(logging.INFO, "pipeline")
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "SURE_SECONDS", 0)
     with working("train"):
         for _ in track(range(3), "training", 3):
             time.sleep(0.02)

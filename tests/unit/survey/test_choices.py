@@ -100,3 +100,8 @@ def test_colours_are_the_palettes_or_differ() -> None:
     many = choose_colours(Classes(40, None, None, ""), {})
     assert len(set(many)) == 40
     assert all(0 <= part <= 255 for colour in many for part in colour)
+
+
+def test_values_in_a_row_are_shown_as_such() -> None:
+    assert choose_classes(11, tuple(range(12))).reason == "label maps hold 0…11, and 11 is no class id"
+    assert "0, 255" in choose_classes(2, (0, 255)).reason
