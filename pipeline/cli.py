@@ -19,6 +19,7 @@ from pipeline.printing import (
     print_calibration,
     print_cleaning,
     print_drift,
+    print_engines,
     print_facts,
     print_init,
     print_json,
@@ -389,7 +390,8 @@ def engine(
         if json:
             print_json({each: _built(folder) for each, folder in built.items()})
             return
-        _suggest("validate", config, build_dir, overrides, *_chosen(precision))
+        print_engines({each: _built(folder) for each, folder in built.items()})
+        _suggest("validate", config, build_dir, overrides, *_chosen(precision, backend, route))
         return
     from pipeline.artifacts import sha256_file
     from pipeline.calibration.table import read_cache
@@ -463,7 +465,7 @@ def validate(
             _print_verdict(work, precisions, None, json)
             work.verdict(precisions)
         if not json:
-            _suggest("benchmark", config, build_dir, overrides, *_chosen(precision))
+            _suggest("benchmark", config, build_dir, overrides, *_chosen(precision, backend))
         return
     if layers:
         from pipeline.errors import ConfigError
@@ -516,7 +518,7 @@ def benchmark(
         if require_speedup:
             work.require_speedup(precisions)
     if not json:
-        _suggest("report", config, build_dir, overrides)
+        _suggest("report", config, build_dir, overrides, *_chosen(precision, backend))
 
 
 @app.command()
@@ -595,6 +597,8 @@ def train(
     if json:
         print_json(result)
         return
+    rows = [(one.name, f"{iou:.4f}") for one, iou in zip(settings.data.classes, result.class_iou, strict=True)]
+    print_table(("class", "IoU, validation images"), rows, file=sys.stderr)
     print(f"{target}: mIoU {result.mean_iou_half:.4f} in {result.seconds:.0f} s")
     _suggest("run", config, BUILD, overrides)
 
@@ -856,8 +860,13 @@ def _suggest_predicting(work: Run, precisions: Sequence[Precision]) -> None:
     suggest("unet-trt", "predict", engines[-1] if engines else work.clean(), "IMAGES", "-o", "masks/")
 
 
-def _chosen(precision: Sequence[str] | None) -> list[str]:
-    return [part for each in precision or () for part in ("-p", each)]
+def _chosen(precision: Sequence[str] | None, backend: str | None, route: str | None = None) -> list[str]:
+    """The options of these again; only ``engine`` has one for the route."""
+    return [
+        *(part for each in precision or () for part in ("-p", each)),
+        *(["--backend", backend] if backend else []),
+        *(["--set", f"engine.route={route}"] if route else []),
+    ]
 
 
 def _built(folder: Path) -> dict[str, Any]:
@@ -984,6 +993,8 @@ def _validate_files(
         print_table(CHECK_HEADINGS, [check_row(check) for check in verdict.checks])
     if not verdict.passed:
         raise CheckFailed(f"{engine} failed; see {output / 'report.json'}")
+    if not json and card.task == "segmentation":
+        suggest("unet-trt", "predict", engine, "IMAGES", "-o", "masks/")
 
 
 def _own_folder(output: Path, inputs: Sequence[Path]) -> Path:

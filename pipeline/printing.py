@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -167,6 +168,29 @@ def print_calibration(report: CalibrationReport) -> None:
             ("seconds", f"{report.seconds:.1f}"),
         ]
         print_table(("calibration", ""), rows, file=sys.stderr)
+
+
+def print_engines(built: Mapping[str, Mapping[str, Any]]) -> None:
+    """What was built by precision, with the log messages: the paths alone go to stdout.
+
+    Args:
+        built: files and manifest of each precision.
+    """
+    if not log.isEnabledFor(logging.INFO):
+        return
+    rows = []
+    for precision, files in built.items():
+        manifest, file = files["manifest"], files["engine"] or files["onnx"]
+        if manifest is None:
+            rows.append((precision, "typed graph alone, for ONNX Runtime", "explicit", _megabytes(file), "–"))
+            continue
+        made = f"{manifest['backend']} {manifest['backend_version']}"
+        rows.append((precision, made, manifest["route"], _megabytes(file), f"{manifest['build_seconds']:.1f}"))
+    print_table(("engine", "built by", "route", "MB", "built in, s"), rows, file=sys.stderr)
+
+
+def _megabytes(file: str) -> str:
+    return f"{Path(file).stat().st_size / 1e6:.1f}"
 
 
 def print_mix(report: MixReport) -> None:

@@ -49,9 +49,9 @@ def said(project: Project, *arguments: str | Path) -> tuple[str, str]:
 
 def test_text_alone_where_no_terminal_is(graph: Project, unet_trt: Command) -> None:
     ci = {"GITHUB_ACTIONS": "true", "CI": "true"}
-    ran = unet_trt("validate", "-c", graph.config, "-p", "fp32", *HERE, **ci)
+    ran = unet_trt("export", "-c", graph.config, **ci)
     assert ran.code == 0, ran.err
-    assert "next: unet-trt benchmark -c" in ran.err
+    assert "next: unet-trt clean -c" in ran.err
     slip = unet_trt("exprot", **ci)
     assert (slip.code, "Did you mean 'export'?" in slip.err) == (2, True), slip.err
     doctor = unet_trt("doctor", **ci)
@@ -68,8 +68,8 @@ def test_every_command_suggests_the_next_in_the_same_folder_and_json_comes_alone
         (("export",), f"clean {again}"),
         (("clean",), f"calibrate {again}"),
         (("calibrate",), f"engine {again} -p int8"),
-        (("engine", "-p", "fp32", *HERE), f"validate {again} -p fp32"),
-        (("benchmark", "-p", "fp32", *HERE), f"report {again}"),
+        (("engine", "-p", "fp32", *HERE), f"validate {again} -p fp32 --backend onnxruntime"),
+        (("benchmark", "-p", "fp32", *HERE), f"report {again} -p fp32 --backend onnxruntime"),
         (("run", "-p", "fp32", *HERE), f"predict {build}/tiny/clean/model.onnx IMAGES -o masks/"),
     ):
         assert f"next: unet-trt {suggested}\n" in said(graph, command[0], *common, *command[1:])[1]
@@ -82,6 +82,16 @@ def test_every_command_suggests_the_next_in_the_same_folder_and_json_comes_alone
         out, err = said(graph, command[0], *common, *command[1:], "--json")
         assert check(json.loads(out))
         assert "next: " not in err
+
+
+def test_engines_are_listed_when_they_are_built(graph: Project) -> None:
+    common = ("engine", "-c", graph.config, "-p", "fp32")
+    assert "│ typed graph alone, for ONNX Runtime │" in said(graph, *common, *HERE)[1]
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no engine is built")
+    out, err = said(graph, *common, "--route", "explicit", "--backend", "tensorrt-rtx")
+    assert out.endswith("engine/fp32/model.engine\n")
+    assert "│ tensorrt-rtx 1." in err
+    assert err.endswith("-p fp32 --backend tensorrt-rtx --set engine.route=explicit\n")
 
 
 def test_json_of_commands_without_a_build_folder(graph: Project) -> None:
