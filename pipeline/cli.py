@@ -883,7 +883,8 @@ def _built(folder: Path) -> dict[str, Any]:
 
 def _precision(name: str) -> Precision:
     from pipeline.config import ALL_PRECISIONS
-    from pipeline.errors import ConfigError, nearest
+    from pipeline.errors import ConfigError
+    from pipeline.slips import nearest
 
     for precision in ALL_PRECISIONS:
         if precision == name:

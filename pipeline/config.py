@@ -23,7 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import ConfigError, did_you_mean, nearest
+from pipeline.errors import ConfigError
+from pipeline.slips import did_you_mean, nearest
 
 Task = Literal["segmentation", "tensors"]
 Precision = Literal["fp32", "fp16", "int8", "mixed"]

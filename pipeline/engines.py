@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.artifacts import SCHEMA_VERSION, EngineManifest, from_json, sha256_bytes
 from pipeline.backends import cuda, tensorrt, tensorrt_rtx
 from pipeline.backends.runner import EngineRunner
-from pipeline.errors import BuildFolderError, EngineError, PipelineError, UnsupportedError, did_you_mean
+from pipeline.errors import BuildFolderError, EngineError, PipelineError, UnsupportedError
+from pipeline.slips import did_you_mean
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.artifacts import EngineManifest, from_json
-from pipeline.errors import InputError, PipelineError, did_you_mean
+from pipeline.errors import InputError, PipelineError
 from pipeline.reports import BenchmarkReport, EngineAccount
+from pipeline.slips import did_you_mean
 
 if TYPE_CHECKING:
     from pipeline.backends.runner import EngineRunner

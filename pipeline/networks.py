@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pipeline.calibration.table import some
 from pipeline.config import NetworkConfig
-from pipeline.errors import ModelError, UnsupportedError, did_you_mean
+from pipeline.errors import ModelError, UnsupportedError
+from pipeline.slips import did_you_mean
 from pipeline.wts import Form, read_wts, shaped
 
 if TYPE_CHECKING:

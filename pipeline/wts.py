@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import write_atomically
 from pipeline.calibration.table import some
-from pipeline.errors import ModelError, did_you_mean
+from pipeline.errors import ModelError
+from pipeline.slips import did_you_mean
 
 log = logging.getLogger(__name__)
 

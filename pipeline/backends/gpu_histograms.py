@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
@@ -297,6 +296,8 @@ def _observing_engine(
     model: ModelProto, tensors: Sequence[str], source: TensorSpec, shape: tuple[int, ...], config: EngineConfig
 ) -> bytes:
     """An FP32 engine for inputs of one shape whose outputs are the tensors; the model's outputs are replaced."""
+    import onnx_graphsurgeon as gs
+
     values = infer(model)
     for tensor in tensors:
         if element_type(values.get(tensor)) != TensorProto.FLOAT:

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pipeline.calibration.report import CalibrationReport, report_beside
-from pipeline.errors import CalibrationError, did_you_mean
+from pipeline.errors import CalibrationError
+from pipeline.slips import did_you_mean
 
 # Header names by algorithm: IInt8EntropyCalibrator2 and IInt8MinMaxCalibrator write and read these. TensorRT has no
 # calibrator for the others, and takes the scales alone: their caches go under the name that most programs ask for.

@@ -16,7 +16,8 @@ from pipeline.artifacts import ModelCard, sha256_file, sha256_json
 from pipeline.config import DataConfig, PreprocessingConfig, SplitConfig
 from pipeline.data.preprocessing import Pixels, read_image, read_label
 from pipeline.data.synthetic import CELLS_SIZE, SHAPES_SIZE, draw_cells, draw_shapes
-from pipeline.errors import ConfigError, DataError, did_you_mean
+from pipeline.errors import ConfigError, DataError
+from pipeline.slips import did_you_mean
 
 Split = Literal["train", "validation", "calibration"]
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")

@@ -18,7 +18,8 @@ from pipeline.data.dataset import IMAGE_ENDINGS
 from pipeline.data.pixels import Picture, open_picture
 from pipeline.data.preprocessing import UNDECODABLE
 from pipeline.data.videos import VIDEO_ENDINGS, frames
-from pipeline.errors import DataError, did_you_mean
+from pipeline.errors import DataError
+from pipeline.slips import did_you_mean
 
 # As decoding and encoding leave Python's lock to others for most of their time.
 THREADS = min(16, os.cpu_count() or 1)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import PreprocessingConfig
-from pipeline.errors import DataError, ModelError, did_you_mean
+from pipeline.errors import DataError, ModelError
 from pipeline.metrics.outputs import strongest_class
+from pipeline.slips import did_you_mean
 
 Pixels = NDArray[np.uint8]
 # What Pillow raises on files that it cannot decode.

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.data.pixels import Picture, picture_of_array
 from pipeline.data.preprocessing import Pixels
-from pipeline.errors import DataError, UnsupportedError, did_you_mean
+from pipeline.errors import DataError, UnsupportedError
+from pipeline.slips import did_you_mean
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
 # Of the frames that a video's header announces, those that may be missing: durations are rounded.

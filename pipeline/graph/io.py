@@ -18,7 +18,8 @@ from onnx.numpy_helper import from_array, to_array
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.artifacts import ModelCard, TensorSpec, process_name, sha256_file, sha256_json
-from pipeline.errors import BuildFolderError, ModelError, did_you_mean
+from pipeline.errors import BuildFolderError, ModelError
+from pipeline.slips import did_you_mean
 
 CARD_KEY = "unet_trt.card"
 # A protobuf message ends at 2 GiB. With more bytes of tensors than this they get a file; the rest is for the graph.

@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.data.dataset import IMAGE_ENDINGS, image_folder
 from pipeline.data.preprocessing import OpenedImage, read_image, read_label
-from pipeline.errors import DataError, did_you_mean
+from pipeline.errors import DataError
 from pipeline.progress import track
+from pipeline.slips import did_you_mean
 
 TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "test")

@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.artifacts import ModelCard, TensorSpec
 from pipeline.config import UNET, Axis
-from pipeline.errors import ModelError, did_you_mean
+from pipeline.errors import ModelError
 from pipeline.networks import read_arrays
+from pipeline.slips import did_you_mean
 from pipeline.unet import UNetOptions, recognised
 
 WEIGHTS = (".pth", ".pt", ".safetensors", ".wts")

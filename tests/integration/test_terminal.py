@@ -18,10 +18,11 @@ from pipeline.config import load_config
 from pipeline.data.dataset import image_folder
 from pipeline.data.preprocessing import read_image
 from pipeline.engines import load_engine
-from pipeline.errors import PipelineError, did_you_mean, nearest
+from pipeline.errors import PipelineError
 from pipeline.graph.io import load_model
 from pipeline.inspection import inspect_file
 from pipeline.networks import read_state_dict
+from pipeline.slips import did_you_mean, nearest
 from pipeline.wts import read_wts
 from tests.conftest import REPOSITORY, Project, Result
 from tests.tiny_unet import tiny_unet

@@ -24,8 +24,8 @@ STAND_ON_HEAVY = (
 # Layer 0, and what each may load of this package.
 BOTTOM = {
     "errors": {"errors"},
-    "config": {"config", "errors"},
-    "artifacts": {"artifacts", "config", "errors"},
+    "config": {"config", "errors", "slips"},
+    "artifacts": {"artifacts", "config", "errors", "slips"},
 }
 
 
