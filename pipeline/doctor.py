@@ -19,6 +19,7 @@ EXTRAS = {
     "rtx": ("tensorrt-rtx-cu13>=1.7", "cuda-python>=12.6"),
     "tensorrt": ("tensorrt>=8.6", "cuda-python>=12.6"),
     "video": ("imageio-ffmpeg>=0.5",),
+    "serve": ("tritonclient[grpc,http]>=2.50",),
 }
 EXTRA_OF = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX", "onnxruntime": "ONNX Runtime"}
@@ -84,6 +85,7 @@ def abilities(known: list[Capabilities]) -> Iterator[Ability]:
         yield Ability(f"build {title} engines", c.builds, version if c.builds else "", c.why_not_build, install)
         yield Ability(f"run {title} engines", c.runs, version if c.runs else "", c.why_not_run, install)
     yield _by_packages("predict videos", "video", ("imageio-ffmpeg",))
+    yield _by_packages("predict on a Triton server", "serve", ("tritonclient",))
 
 
 def _by_packages(what: str, extra: str, packages: tuple[str, ...]) -> Ability:

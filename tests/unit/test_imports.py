@@ -17,6 +17,7 @@ STAND_ON_HEAVY = (
     "backends",
     "graph",
     "mixed",
+    "serving",
     "stages",
     *("cleaning_report", "contest", "drift", "engines", "judging", "opening", "predictor", "rivals"),
     *("selection", "trials"),
