@@ -15,11 +15,12 @@ HEAVY = ("torch", "onnxruntime", "onnx_graphsurgeon", "polygraphy", "tensorrt", 
 # Folders and modules that stand on heavy libraries; everything else is light.
 STAND_ON_HEAVY = (
     "backends",
+    "fleet",
     "graph",
     "mixed",
     "serving",
     "stages",
-    *("cleaning_report", "contest", "drift", "engines", "judging", "opening", "predictor", "rivals"),
+    *("cleaning_report", "contest", "drift", "engines", "gpu_engines", "judging", "opening", "predictor", "rivals"),
     *("selection", "trials"),
 )
 # Layer 0, and what each may load of this package.
