@@ -224,7 +224,7 @@ class Choices(Closing):
         Raises:
             EngineError: the engine tells nothing of its layers.
         """
-        with load_engine(self._plan(half)) as runner:
+        with paused(), load_engine(self._plan(half)) as runner:
             feeds = {source.name: self._feed(source) for source in runner.inputs}
             return account_for(runner, feeds, load_model(self._graph), "", None, whole_ms)
 
