@@ -41,7 +41,7 @@ class Fleet(Closing):
 
     Attributes:
         gpus: see above; 0 where the cluster has none.
-        lost_workers: process names of workers that died.
+        lost_workers: process names of workers that died, or were ended at work.
 
     Raises:
         UnsupportedError: Ray is not installed.

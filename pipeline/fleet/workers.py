@@ -29,6 +29,8 @@ Work = Callable[[Sequence[T], bool], R]
 # Ends of a worker's process while it opens its function that are taken for chance.
 REOPENINGS = 2
 POLL_SECONDS = 1.0
+# How long killed processes may take to end.
+END_SECONDS = 10.0
 
 
 class Worker:
@@ -87,7 +89,7 @@ class Crew(Closing):
         function: that they are given.
         options: of Ray, for each worker.
         writes: a folder that all of them write to.
-        died: called with the process name of each that dies over a portion.
+        died: called with the process name of each that dies over a portion, or is at one when all are ended.
 
     Attributes:
         idle: workers.
@@ -122,6 +124,11 @@ class Crew(Closing):
     def close(self) -> None:
         for worker in self._workers:
             kill(worker)
+        if self.running:
+            # Ray does not wait for a process to end; its work fails about then.
+            self._ray.wait(list(self.running), num_returns=len(self.running), timeout=END_SECONDS)
+        for under_way in self.running.values():
+            self._died(self.known[under_way.worker].process)
         if self._writes is not None:
             (self._writes / self._token).unlink(missing_ok=True)
 

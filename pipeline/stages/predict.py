@@ -161,18 +161,20 @@ class _Work:
     def over(self, fleet: Fleet, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         names: set[str] = set()
         try:
-            for part in fleet.parts(self, paths, PORTION, "predicting", writes=self.wanted.folder):
-                if part.result is None:
-                    (path,) = part.items
-                    yield {"name": path.stem, "image": str(path), "error": f"{path}: {part.lost}"}
-                    continue
-                lines, already = part.result
-                self.already += already
-                for line in lines:
-                    if line["name"] in names:
-                        raise _named_twice(line["name"])
-                    names.add(line["name"])
-                    yield line
+            parts = fleet.parts(self, paths, PORTION, "predicting", writes=self.wanted.folder)
+            with contextlib.closing(parts):
+                for part in parts:
+                    if part.result is None:
+                        (path,) = part.items
+                        yield {"name": path.stem, "image": str(path), "error": f"{path}: {part.lost}"}
+                        continue
+                    lines, already = part.result
+                    self.already += already
+                    for line in lines:
+                        if line["name"] in names:
+                            raise _named_twice(line["name"])
+                        names.add(line["name"])
+                        yield line
         finally:
             for worker in fleet.lost_workers:
                 _clear(self.wanted.folder, worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 from pipeline import __version__
-from pipeline.artifacts import ModelCard, from_json, sha256_file
+from pipeline.artifacts import ModelCard, from_json, sha256_file, write_atomically
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.calibration.report import CalibrationReport
 from pipeline.cli import _fleet, _gpu_engines
@@ -146,6 +147,30 @@ def test_a_killed_worker_loses_and_repeats_nothing(
     assert outcome == Outcome(IMAGES, 0, 0)
     assert masks(tmp_path / "out") == masks(alone)
     assert lines(tmp_path / "out") == lines(alone)
+
+
+def late_or_wrong(folder: Path, items: Sequence[str], again: bool) -> None:
+    """One worker stays at work, and the other fails once it does."""
+    begun = folder / "begun"
+    if "late" in items:
+        write_atomically(begun, str(os.getpid()).encode())
+        time.sleep(600)
+    while not begun.exists():
+        time.sleep(0.05)
+    raise DataError("wrong")
+
+
+def test_an_error_ends_who_is_still_at_work(fleet: Fleet, tmp_path: Path) -> None:
+    parts = fleet.parts(functools.partial(late_or_wrong, tmp_path), ["late", "wrong"], 1, "staying")
+    with contextlib.closing(parts), pytest.raises(DataError, match="wrong"):
+        next(parts)
+    pid = (tmp_path / "begun").read_text()
+    (ended,) = fleet.lost_workers
+    assert pid in ended
+    deadline = time.monotonic() + 10
+    while Path("/proc", pid).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path("/proc", pid).exists()
 
 
 def test_one_poison_image_is_a_line_and_the_others_are_done(
