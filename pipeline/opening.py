@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -30,7 +30,7 @@ class Facts:
         card: preprocessing and classes.
         multiples: axis name, or its role (height, width), to the number that its sizes have to be multiples of.
         aligns_corners: whether it upsamples with align_corners, so that what it sees depends on the size it is fed.
-        sha256: of the file of a model that was opened.
+        sha256: of a served model's file, where the server says it.
     """
 
     card: ModelCard | None = None
@@ -91,10 +91,9 @@ def open_model(path: Path | str, *, trust: bool = False) -> tuple[Runner, Facts]
     path = Path(path)
     runner: Runner = emulate(path) if path.suffix == ".onnx" else load_engine(path, trust=trust)
     try:
-        facts = read_facts(path)
+        return runner, read_facts(path)
     except EngineError:  # which load_engine has let pass
-        facts = Facts()
-    return runner, replace(facts, sha256=sha256_file(path))
+        return runner, Facts()
 
 
 def describe_candidate(path: Path) -> Candidate:

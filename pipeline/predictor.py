@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import ModelCard, Profile, TensorSpec
+from pipeline.artifacts import ModelCard, Profile, TensorSpec, sha256_file
 from pipeline.backends.base import Runner
 from pipeline.backends.gpu_array import GpuArray, GpuView
 from pipeline.backends.lanes import EngineLane, Lane, Lanes
+from pipeline.backends.remote import is_address
 from pipeline.closing import Closing
 from pipeline.data.pixels import Picture, picture_of_array
 from pipeline.data.preprocessing import (
@@ -95,7 +96,7 @@ class Predictor(Closing):
     Attributes:
         card: names of classes, colours, preprocessing.
         batch: see above.
-        sha256: of the model's file; empty for a loaded model.
+        sha256: of the model's file, read when it is first asked for; empty for a loaded model.
         streams: see above; 1 on ONNX Runtime.
 
     Raises:
@@ -141,13 +142,18 @@ class Predictor(Closing):
         except BaseException:
             runner.close()
             raise
-        self.sha256 = facts.sha256
+        self._file = Path(model) if isinstance(model, (str, Path)) and not is_address(model) else None
+        self._served_sha256 = facts.sha256
         self._aligns_corners = facts.aligns_corners
         self._lanes = Lanes(runner, streams or STREAMS)
         self.streams = self._lanes.most
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return self._again, ()
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256_file(self._file) if self._file else self._served_sha256
 
     def __call__(self, image: Any) -> Pixels:
         """Class ids, uint8 (H, W), of one image; see ``predict``."""

@@ -54,9 +54,11 @@ class Masks(Protocol):
     """What predicts: a ``Predictor``, or what stands for one that is elsewhere."""
 
     card: ModelCard
-    sha256: str
     batch: int
     streams: int
+
+    @property
+    def sha256(self) -> str: ...
 
     def predict(self, images: Sequence[Any], *, probabilities: bool, allocate: Allocate) -> list[Prediction]: ...
 

@@ -135,8 +135,8 @@ def validate(
         judge.count(image.measured)  # type: ignore[arg-type]
         if image.run is not None:
             saved.append(image.run)
-        if image.mask is not None:
-            pictures += _draw(dataset[index], image.mask, card, folder)
+        if image.drawn is not None:
+            pictures += _draw(*image.drawn, card, folder)
     _save_runs(saved, folder)
     repeat = () if comparison.compare is None else _commands(what, judge.tolerance, reference_path)
     report = judge.report(what, repeat, tuple(pictures), started)
@@ -149,13 +149,13 @@ class _Compared:
     """One image, run on both sides.
 
     Attributes:
-        mask: the candidate's, of the first images, which are drawn.
+        drawn: of the first images: what is drawn, with the candidate's mask.
         run: what was fed, and both sides' outputs, of the first images, which are saved.
     """
 
     measured: MeasuredImage | MeasuredValues
     labelled: bool
-    mask: Pixels | None
+    drawn: tuple[Sample, Pixels] | None
     run: tuple[dict[str, Any], RunResults] | None
 
 
@@ -196,7 +196,7 @@ class _Comparison:
         return _Compared(
             measured,
             sample.label is not None,
-            mask if place < config.pictures else None,
+            (sample, mask) if mask is not None and place < config.pictures else None,
             (feed, results) if place < config.saved_runs else None,
         )
 
