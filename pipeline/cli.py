@@ -308,6 +308,9 @@ def calibrate(
         typer.Option(help="auto: gpu where that is possible, otherwise cpu.", show_default="auto"),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without images that cannot be decoded.")] = False,
+    refine: Annotated[
+        int | None, typer.Option(help="Steps of learning ranges and biases from FP32's scores; needs torch.")
+    ] = None,
     distributed: DistributedOption = False,
     address: AddressOption = None,
     workers: WorkersOption = None,
@@ -329,6 +332,7 @@ def calibrate(
         **({"algorithm": algorithm} if algorithm else {}),
         **({"calibrator": calibrator} if calibrator else {}),
         **({"skip_bad": True} if skip_bad else {}),
+        **({"refine_steps": refine} if refine is not None else {}),
     }
     if model is None:
         chosen = [*(overrides or []), *(f"calibrate.{key}={value}" for key, value in given.items())]

@@ -228,7 +228,11 @@ class CalibrateConfig(Strict):
     bins: int = Field(2048, ge=256, description="of the histograms that entropy and mse search")
     percentile: float = Field(99.99, gt=0, le=100, description="of algorithm: percentile")
     skip_bad: bool = Field(False, description="go on without images that cannot be decoded")
-    seed: int = Field(0, description="of the choice of images")
+    refine_steps: int = Field(
+        0, ge=0, description="of gradient descent on ranges and biases towards FP32's scores; needs torch; 0: none"
+    )
+    refine_batch: int = Field(4, gt=0, description="images of one such step")
+    seed: int = Field(0, description="of the choice of images, and of their order in refinement")
 
     @model_validator(mode="after")
     def _offered(self) -> CalibrateConfig:

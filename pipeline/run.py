@@ -141,7 +141,8 @@ class Run:
         )
         validation = self._validation()
         calibrator = resolve_calibrator(config.calibrator)
-        tools = ("numpy", "onnxruntime", *(() if calibrator == "cpu" else ("tensorrt",)))
+        refining = ("torch",) if config.refine_steps else ()
+        tools = ("numpy", "onnxruntime", *(() if calibrator == "cpu" else ("tensorrt",)), *refining)
         return (
             self._kept.stage(
                 "calibrate",
@@ -618,8 +619,9 @@ class Run:
         return dataset.first(self.config.validate_.images)
 
     def _judged_by(self) -> list[Any]:
-        """What ``algorithm: auto`` depends on beside the calibration's own settings."""
-        return [self.config.engine.exclude, self.config.engine.qdq] if self.config.calibrate.algorithm == "auto" else []
+        """What ``algorithm: auto`` and refinement depend on beside the calibration's own settings."""
+        engine, config = self.config.engine, self.config.calibrate
+        return [engine.exclude, engine.qdq] if config.algorithm == "auto" or config.refine_steps else []
 
     def _input(self, sample: Sample) -> NDArray[np.float32]:
         """One preprocessed image; with ``resize: none`` its size has to be the configured one."""

@@ -47,6 +47,25 @@ class AlgorithmTrial:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What gradient descent made of ranges and biases: see ``pipeline.refinement``.
+
+    Attributes:
+        held_out: images that learned nothing; ``loss_before`` and ``loss_after`` are their mean losses.
+        kept: whether the loss fell; if not, ranges and biases are as they were.
+        biases: of each quantized convolution, by its output, float32; they belong to the ranges.
+    """
+
+    steps: int
+    held_out: int
+    loss_before: float
+    loss_after: float
+    kept: bool
+    biases: dict[str, tuple[float, ...]]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """Where a calibration cache comes from.
 
@@ -56,6 +75,7 @@ class CalibrationReport:
         images_sha256: of the images' pixels, independent of their names and order.
         skipped: images that could not be decoded, with ``calibrate.skip_bad``.
         trials: with ``auto``, best first; ``held_out`` images judged them.
+        refinement: with ``calibrate.refine_steps``.
         seconds: of the whole calibration; ``collect_seconds`` of them for running the graph and counting.
     """
 
@@ -75,6 +95,7 @@ class CalibrationReport:
     skipped: tuple[str, ...] = ()
     trials: tuple[AlgorithmTrial, ...] = ()
     held_out: int = 0
+    refinement: Refinement | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
 

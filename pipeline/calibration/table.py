@@ -32,6 +32,7 @@ class CalibrationTable:
         amax: by tensor name, in the graph's order.
         version: number of the TensorRT that the cache's header names; None for a table that comes from no cache.
         report: where the ranges come from; None for a cache without its report, such as TensorRT's own.
+        biases: of convolutions, by the tensor that they give, which belong to these ranges: ``pipeline.refinement``.
 
     Raises:
         CalibrationError: an amax whose float32 scale is not finite and above 0, or a tensor name of more than one line.
@@ -41,6 +42,7 @@ class CalibrationTable:
     amax: Mapping[str, float]
     version: int | None = field(default=None, compare=False)
     report: CalibrationReport | None = field(default=None, compare=False)
+    biases: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for tensor, value in self.amax.items():
@@ -131,7 +133,10 @@ def read_cache(path: Path) -> CalibrationTable:
         ) from error
     table = CalibrationTable.from_cache(text, str(path))
     report = report_beside(path, data)
-    return table if report is None else replace(table, algorithm=report.algorithm, report=report)
+    if report is None:
+        return table
+    biases = report.refinement.biases if report.refinement else {}
+    return replace(table, algorithm=report.algorithm, report=report, biases=biases)
 
 
 def check_table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.graph.placement import (
     activation_tensors,
     is_convolution,
     is_site,
+    quantizable,
     shared_ranges,
     sites,
 )
@@ -28,6 +29,7 @@ from pipeline.graph.versions import with_opset
 
 # First opsets with a channel axis, and with FP16 scales.
 PER_CHANNEL_OPSET, HALF_SCALE_OPSET = 13, 19
+BIAS = 2  # place among a convolution's inputs
 
 
 def quantize(
@@ -48,7 +50,7 @@ def quantize(
        TensorRT parser since 8.0 reads; the engine holds int8.
        TensorRT 8.6's parser takes the kernel's size from ``kernel_shape`` alone where the weight is no initializer, so
        that attribute is written where it is absent.
-    3. The bias stays float.
+    3. The bias stays float; it is the table's where that has one (``with_biases``).
 
     Not quantized: nodes that ``exclude`` names, convolutions whose weight is no initializer, every other operator.
 
@@ -71,7 +73,7 @@ def quantize(
     check_table(table, dict.fromkeys(tensor for site in places for tensor in site.values()), activation_tensors(model))
     if qdq == "shared":
         table = shared_ranges(model, table, exclude)
-    result = with_opset(model, HALF_SCALE_OPSET if half else PER_CHANNEL_OPSET)
+    result = with_opset(with_biases(model, table.biases, exclude), HALF_SCALE_OPSET if half else PER_CHANNEL_OPSET)
     if half:
         result = to_half(result)
     _Quantizer(result, np.dtype(np.float16 if half else np.float32), table).run(places)
@@ -83,6 +85,40 @@ def quantize(
             f"the INT8 graph is not valid ONNX: {str(error).strip().splitlines()[0]}",
             fix="build at --precision fp16, and report the model",
         ) from error
+    return result
+
+
+def with_biases(
+    model: ModelProto, biases: Mapping[str, Sequence[float] | NDArray[np.float32]], exclude: Sequence[str] = ()
+) -> ModelProto:
+    """The graph whose quantized convolutions have these biases, by the tensor that they give; others keep theirs.
+
+    Args:
+        model: not changed; comes back as it is where there is nothing to do.
+        exclude: as for ``quantize``.
+
+    Raises:
+        CalibrationError: a bias of another convolution's size.
+    """
+    if not biases:
+        return model
+    given = {node.output[0] for node in quantizable(model, exclude)} & set(biases)
+    result = ModelProto()
+    result.CopyFrom(model)
+    taken, sizes = all_names(result), {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for node in result.graph.node:
+        if not given.intersection(node.output):
+            continue
+        bias = np.asarray(biases[node.output[0]], np.float32)
+        if len(node.input) <= BIAS or sizes.get(node.input[BIAS]) != bias.shape:
+            raise CalibrationError(
+                f"the calibration's bias of {node.name or node.output[0]} does not fit",
+                expected=f"shape {sizes.get(node.input[BIAS]) if len(node.input) > BIAS else 'none: it has no bias'}",
+                got=f"shape {bias.shape}",
+                fix="calibrate this graph",
+            )
+        node.input[BIAS] = unique(f"{node.output[0]}.bias", taken)
+        result.graph.initializer.append(numpy_helper.from_array(bias, node.input[BIAS]))
     return result
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from pipeline.artifacts import TensorSpec, sha256_bytes, sha256_json, to_json, write_atomically
 from pipeline.backends.base import feed_image
 from pipeline.backends.cpu_histograms import cpu_histograms
 from pipeline.calibration.histogram import Histogram
 from pipeline.calibration.ranges import ZERO_AMAX, choose_ranges
-from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, TensorRange
+from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, Refinement, TensorRange
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
 from pipeline.data.dataset import Dataset, Sample
@@ -40,6 +41,7 @@ CACHE_VERSION = 8600
 ENOUGH_IMAGES = 32
 # Of the images, every fourth judges the algorithms, and no more than these: each costs five inferences.
 HELD_OUT_STEP, MOST_HELD_OUT = 4, 16
+REFINING = "calibrate.refine_steps", "set it to 0"
 
 Named = tuple[str, NDArray[Any]]
 Collector = Callable[[Iterable[Named]], list[Histogram]]
@@ -100,8 +102,14 @@ def calibrate(
     tensors = activation_tensors(model)
     images = _Images(samples, specs[0], preprocessing, validation or {}, config)
     calibrator = resolve_calibrator(config.calibrator)
+    if config.refine_steps:
+        from pipeline.refinement import check_refinable
+
+        check_refinable(model)
+        _held_out(len(samples), *REFINING)
     trials: list[AlgorithmTrial] = []
     held_out: list[int] = []
+    histograms: list[Histogram] = []
     if fleet is not None:
         _check_spreads(calibrator, config)
     if calibrator == "tensorrt":
@@ -124,7 +132,7 @@ def calibrate(
             return _spread(fleet, collect, images, which, on_gpu=calibrator == "gpu")
 
         if config.algorithm == "auto":
-            held_out = _held_out(len(samples))
+            held_out = _held_out(len(samples), "algorithm: auto", "name an algorithm")
             rest = [i for i in range(len(samples)) if i not in held_out]
             histograms = gather(images, rest)
             judges = list(images.read(held_out, "held-out images"))
@@ -137,7 +145,12 @@ def calibrate(
         ranges = choose_ranges(histograms, algorithm, config, len(images.names))
         table = CalibrationTable(algorithm, {entry.tensor: entry.amax for entry in ranges})
     collected = time.perf_counter()
-    notes = [*_notes(ranges), *images.notes(), *_verdict(trials, len(held_out))]
+    refinement = None
+    if config.refine_steps:
+        table, refinement = _refined(model, table, images, config, engine)
+        counted = {histogram.tensor: histogram for histogram in histograms}
+        ranges = [_with_amax(entry, table.amax[entry.tensor], counted.get(entry.tensor)) for entry in ranges]
+    notes = [*_notes(ranges), *images.notes(), *_verdict(trials, len(held_out)), *_outcome(refinement)]
     for note in notes:
         log.warning("%s", note)
 
@@ -159,6 +172,7 @@ def calibrate(
         skipped=tuple(images.skipped),
         trials=tuple(trials),
         held_out=len(held_out),
+        refinement=refinement,
     )
     for file, content in ((report, to_json(result)), (cache, text)):
         try:
@@ -394,14 +408,41 @@ def _joined(batch: Sequence[Named]) -> Named:
     return names, np.concatenate([x for _, x in batch])
 
 
-def _held_out(count: int) -> list[int]:
-    """Places of the images that judge the algorithms, spread over all."""
+def _refined(
+    model: ModelProto, table: CalibrationTable, images: _Images, config: CalibrateConfig, engine: EngineConfig
+) -> tuple[CalibrationTable, Refinement]:
+    """The table refined on the images, but for those that judge it; each step takes others, in a seeded order."""
+    from pipeline.refinement import refine
+
+    held_out = _held_out(len(images.samples), *REFINING)
+    rest = [place for place in range(len(images.samples)) if place not in held_out]
+    generator = np.random.default_rng(config.seed)
+    order: list[int] = []
+    while len(order) < config.refine_steps * config.refine_batch:
+        order += generator.permutation(rest).tolist()
+    judges = [array for _, array in images.anew().read(held_out, "held-out images")]
+    stream = images.anew().read(order[: config.refine_steps * config.refine_batch], "refining")
+    batches = (np.concatenate(group) for group in _groups((array for _, array in stream), config.refine_batch))
+    return refine(model, table, batches, judges, config.refine_steps, engine)
+
+
+def _groups(arrays: Iterator[NDArray[Any]], size: int) -> Iterator[list[NDArray[Any]]]:
+    while group := list(itertools.islice(arrays, size)):
+        yield group
+
+
+def _with_amax(entry: TensorRange, amax: float, counted: Histogram | None) -> TensorRange:
+    return replace(entry, amax=amax, clipped=counted.share_above(amax) if counted else None)
+
+
+def _held_out(count: int, asks: str, instead: str) -> list[int]:
+    """Places of the images that judge what the others chose, spread over all."""
     places = list(range(HELD_OUT_STEP - 1, count, HELD_OUT_STEP))
     if not places:
         raise CalibrationError(
-            f"{count} calibration images are too few for algorithm: auto",
-            expected=f"at least {HELD_OUT_STEP}, of which every fourth judges the algorithms",
-            fix="give more images, or name an algorithm",
+            f"{count} calibration images are too few for {asks}",
+            expected=f"at least {HELD_OUT_STEP}, of which every fourth judges what the others chose",
+            fix=f"give more images, or {instead}",
         )
     spread = np.linspace(0, len(places) - 1, min(len(places), MOST_HELD_OUT)).round().astype(int)
     return [places[i] for i in dict.fromkeys(spread.tolist())]
@@ -411,6 +452,13 @@ def _notes(ranges: Sequence[TensorRange]) -> Iterator[str]:
     for entry in ranges:
         if entry.amax == ZERO_AMAX and entry.clipped == 0:
             yield f"tensor {entry.tensor} is zero on every image; its range is set to {ZERO_AMAX:.3g}"
+
+
+def _outcome(refinement: Refinement | None) -> Iterator[str]:
+    if refinement is not None:
+        change = f"loss {refinement.loss_before:.3g} before and {refinement.loss_after:.3g} after"
+        what = "kept" if refinement.kept else "not kept: ranges and biases are as they were"
+        yield f"refined in {refinement.steps} steps, {change} on {refinement.held_out} held-out images: {what}"
 
 
 def _verdict(trials: Sequence[AlgorithmTrial], held_out: int) -> Iterator[str]:

@@ -41,13 +41,13 @@ from pipeline.graph.placement import (
     sites,
 )
 from pipeline.graph.promises import read_multiples, read_raw_names
-from pipeline.graph.quantize import quantize
+from pipeline.graph.quantize import quantize, with_biases
 from pipeline.graph.resampling import aligns_corners
 from pipeline.unet import load_unet
 
 log = logging.getLogger(__name__)
 
-ENGINE, MANIFEST, TYPED = "model.engine", "manifest.json", "model.onnx"
+ENGINE, MANIFEST, TYPED, REFINED = "model.engine", "manifest.json", "model.onnx", "refined.onnx"
 IMAGE_RANK = 4
 NCHW: dict[Axis, int] = {"batch": 0, "height": 2, "width": 3}
 NHWC: dict[Axis, int] = {"batch": 0, "height": 1, "width": 2}
@@ -112,10 +112,20 @@ def build_engine(
         elif route == "implicit":
             half = tuple(node.name for node in quantizable(model, ()) if node.output[0] not in chosen)
         table = _fitting(table, model, sha256_model(clean), route, config, notes)
+        if table.biases and built in QUANTIZED:
+            if config.source == "network-api":
+                raise ConfigError(
+                    "the calibration has refined biases, and engine.source: network-api takes those of the weights",
+                    fix="use engine.source: onnx, or calibrate with calibrate.refine_steps 0",
+                )
+            notes.append(f"{len(table.biases)} convolutions have the calibration's refined biases")
     source = clean
     if route == "explicit":
         source = folder / TYPED
         save_model(_typed(model, built, config, table, known), source)
+    elif built in QUANTIZED and table is not None and table.biases:
+        source = folder / REFINED
+        save_model(with_biases(model, table.biases, config.exclude), source)
     if builder is None:
         return None
     definition = None

@@ -1,0 +1,224 @@
+"""Refinement of a calibration: ranges and biases are learned from what FP32 gives, without labels."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, numpy_helper
+
+from pipeline.calibration.report import Refinement
+from pipeline.calibration.table import CalibrationTable
+from pipeline.config import EngineConfig
+from pipeline.errors import CalibrationError, UnsupportedError
+from pipeline.graph.io import model_inputs
+from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
+from pipeline.graph.quantize import BIAS, quantize, with_biases
+from pipeline.torch_graph import TorchGraph
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Adam's steps at first; they fall to zero along a cosine. Of a range: its logarithm. Of a bias: as a share of the range
+# of what its convolution gives. Tried on CamVid (docs/calibration.md).
+RANGE_RATE, BIAS_RATE = 1e-2, 1e-4
+# What only decides or normalises behind the scores, and has no gradient worth following.
+DECIDING = ("ArgMax", "Cast", "Softmax", "Squeeze")
+SCORES_RANK = 4
+LOGGED_EVERY = 50
+# A variance that is none.
+TINY = 1e-12
+
+Batch = NDArray[np.float32]
+
+
+def check_refinable(model: ModelProto) -> None:
+    """See to it that a graph can be refined here, before the minutes of calibration.
+
+    Raises:
+        UnsupportedError: torch is not installed, or a node has no gradients here.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UnsupportedError(
+            "refinement needs torch, which computes its gradients, and torch is not installed",
+            fix="pip install torch, calibrate with an interpreter that has it, or set calibrate.refine_steps to 0",
+        ) from error
+    TorchGraph(model, _scores(model), torch.device("cpu"))
+
+
+def refine(
+    model: ModelProto,
+    table: CalibrationTable,
+    batches: Iterable[Batch],
+    judges: Sequence[Batch],
+    steps: int,
+    engine: EngineConfig,
+) -> tuple[CalibrationTable, Refinement]:
+    """Learn ranges and biases by gradient descent through the Q/DQ graph, from FP32's scores alone (distillation).
+
+    Weights stay as they are; of every quantized convolution the bias is learned, of every group of tensors that share a
+    range that range, by its logarithm: a few thousand numbers, which a few dozen images determine. Loss: for scores (N,
+    classes, H, W) the Kullback–Leibler divergence of their softmax from FP32's, in nats a pixel; for other outputs the
+    squared error over FP32's variance. Gradients pass rounding straight through (see ``TorchGraph``). Fine-tuning of
+    biases and step sizes after calibration: Hubara et al. 2020, arXiv:2006.10518; Esser et al. 2020, arXiv:1902.08153.
+
+    Args:
+        model: a clean float32 graph with one input.
+        batches: one for each step, as the graph takes them.
+        judges: batches of other images: what is learned is kept only if their loss is lower with it.
+        steps: how many there are.
+        engine: for ``exclude`` and ``qdq``.
+
+    Returns:
+        The table with what was learned, or as it was; and what to report.
+
+    Raises:
+        CalibrationError: the loss is no number.
+        UnsupportedError: as ``check_refinable``.
+    """
+    import torch
+
+    started = time.perf_counter()
+    learner = _Learner(model, table, engine)
+    with _exact():
+        before = learner.judge(judges)
+        optimizer = torch.optim.Adam(
+            [
+                {"params": list(learner.logarithms.values()), "lr": RANGE_RATE},
+                {"params": list(learner.shifts.values()), "lr": BIAS_RATE},
+            ]
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+        for step, batch in enumerate(batches, 1):
+            loss = learner.loss(batch)
+            if not torch.isfinite(loss):
+                raise CalibrationError(
+                    f"refinement's loss is {loss.item()} in step {step}",
+                    expected="a number",
+                    fix="set calibrate.refine_steps to 0, and report the model",
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if step % LOGGED_EVERY == 0 or step == steps:
+                log.info("refinement, step %d of %d: loss %.3g", step, steps, loss.item())
+        after = learner.judge(judges)
+    kept = after < before
+    result = Refinement(
+        steps=steps,
+        held_out=len(judges),
+        loss_before=before,
+        loss_after=after,
+        kept=kept,
+        biases=learner.biases() if kept else {},
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    return (learner.table() if kept else table), result
+
+
+class _Learner:
+    """What is learned, and the two graphs that it is learned from."""
+
+    def __init__(self, model: ModelProto, table: CalibrationTable, engine: EngineConfig) -> None:
+        import torch
+
+        self.model, self.first = model, table
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device, self.input = device, model_inputs(model)[0].name
+        scores = _scores(model)
+        arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        known = {
+            node.output[0]: arrays[node.input[BIAS]]
+            for node in quantizable(model, engine.exclude)
+            if len(node.input) > BIAS and node.input[BIAS] in arrays
+        }
+        own = with_biases(model, known, engine.exclude)
+        typed = quantize(own, table, half=False, exclude=engine.exclude, qdq=engine.qdq)
+        self.exact, self.rounded = TorchGraph(model, scores, device), TorchGraph(typed, scores, device)
+
+        joined = shared_ranges(model, table, engine.exclude) if engine.qdq == "shared" else table
+        # Tensors of one range keep one: a group is known by the range it has.
+        self.group = {t: joined.amax[t] for t in quantizable_tensors(model, engine.exclude, engine.qdq)}
+        self.logarithms = {
+            amax: torch.tensor(math.log(amax), device=device, requires_grad=True)
+            for amax in dict.fromkeys(self.group.values())
+        }
+        pairs = [node for node in typed.graph.node if node.op_type == "QuantizeLinear" and node.input[0] in self.group]
+        self.scale_names = {node.input[1]: node.input[0] for node in pairs}
+        self.bias_names = {n.input[BIAS]: n.output[0] for n in typed.graph.node if n.output[0] in known}
+        self.first_bias = {tensor: torch.from_numpy(bias.copy()).to(device) for tensor, bias in known.items()}
+        self.shifts = {tensor: torch.zeros_like(b, requires_grad=True) for tensor, b in self.first_bias.items()}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of one batch, with what is learned so far."""
+        import torch
+
+        feeds = {self.input: torch.from_numpy(np.asarray(batch, np.float32)).to(self.device)}
+        with torch.no_grad():
+            wanted = self.exact(feeds)
+        found = self.rounded(feeds, self._learned())
+        return sum((_distance(*pair) for pair in zip(found, wanted, strict=True)), torch.zeros((), device=self.device))
+
+    def judge(self, batches: Sequence[Batch]) -> float:
+        """Mean loss of batches."""
+        import torch
+
+        with torch.no_grad():
+            return float(np.mean([self.loss(batch).item() for batch in batches]))
+
+    def biases(self) -> dict[str, tuple[float, ...]]:
+        """By the output of the convolution."""
+        return {tensor: tuple(self._bias(tensor).detach().cpu().tolist()) for tensor in self.shifts}
+
+    def table(self) -> CalibrationTable:
+        """With the ranges learned."""
+        learned = {amax: math.exp(value.item()) for amax, value in self.logarithms.items()}
+        ranges = {tensor: learned[amax] for tensor, amax in self.group.items()}
+        return replace(self.first, amax={**self.first.amax, **ranges}, biases=self.biases())
+
+    def _bias(self, tensor: str) -> Tensor:
+        return self.first_bias[tensor] + self.shifts[tensor] * self.first.amax[tensor]
+
+    def _learned(self) -> dict[str, Tensor]:
+        scales = {name: self.logarithms[self.group[tensor]].exp() / 127 for name, tensor in self.scale_names.items()}
+        return {**scales, **{name: self._bias(tensor) for name, tensor in self.bias_names.items()}}
+
+
+def _scores(model: ModelProto) -> list[str]:
+    """The tensors that the outputs are decided from."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    names = []
+    for output in model.graph.output:
+        name = output.name
+        while name in producers and producers[name].op_type in DECIDING:
+            name = producers[name].input[0]
+        names.append(name)
+    return names
+
+
+def _distance(found: Tensor, wanted: Tensor) -> Tensor:
+    from torch.nn import functional
+
+    if found.dim() == SCORES_RANK and found.shape[1] > 1:
+        pixels = found[:, 0].numel()
+        logs = found.log_softmax(1), wanted.log_softmax(1)
+        return functional.kl_div(*logs, log_target=True, reduction="sum") / pixels
+    return functional.mse_loss(found, wanted) / wanted.var().clamp_min(TINY)
+
+
+def _exact() -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
