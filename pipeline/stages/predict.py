@@ -44,6 +44,9 @@ OVERLAY_PIXELS = 1 << 26
 ENDINGS = (".png", "_overlay.png")
 # Images of one portion of a fleet's work: seconds of it, so that little is lost with a worker.
 PORTION = 64
+# Where a model works on several batches at a time, images that go from thread to thread together, and their pixels: an
+# engine needs less time for a small image than threads do to hand it over.
+GROUP, GROUP_PIXELS = 8, 1 << 21
 # Threads of a fleet's worker, which has a core of its own: one decodes or encodes while another waits for a disk.
 WORKER_THREADS = 2
 # Writes the files of an image, and gives its line.
@@ -216,24 +219,24 @@ class _Run:
         channels = self.predictor.card.preprocessing.channels
         predicting = ThreadPoolExecutor(self.predictor.streams + 1, "predicting")
         writing = ThreadPoolExecutor(self.threads, "writing")
-        batches: deque[Future[list[Finish]]] = deque()
-        files: deque[Future[dict[str, Any]]] = deque()
+        groups: deque[Future[list[Finish]]] = deque()
+        files: deque[Future[list[dict[str, Any]]]] = deque()
 
-        def settled(most_batches: int, most_files: int) -> Iterator[dict[str, Any]]:
-            """Wait until no more than these are under way, in order."""
-            while len(batches) > most_batches:
-                files.extend(writing.submit(finish) for finish in batches.popleft().result())
+        def settled(most_groups: int, most_files: int) -> Iterator[dict[str, Any]]:
+            """Wait until no more groups are predicted and written than these, in order."""
+            while len(groups) > most_groups:
+                files.append(writing.submit(_finished, groups.popleft().result()))
             while len(files) > most_files:
-                yield files.popleft().result()
+                yield from files.popleft().result()
             while self.failures:
                 yield self.failures.popleft()
 
         try:
             with Ahead(inputs_of(paths, channels)) as inputs:
-                for batch in self._batches(decoded(self._new(inputs), self.threads)):
-                    is_large = batch[0][1].is_large
+                for group in self._groups(decoded(self._new(inputs), self.threads)):
+                    is_large = group[0][1].is_large
                     yield from settled(0 if is_large else self.predictor.streams, 0 if is_large else 2 * self.threads)
-                    batches.append(predicting.submit(self._predicted, batch))
+                    groups.append(predicting.submit(self._predicted, group))
             yield from settled(0, 0)
         finally:
             for pool in (predicting, writing):
@@ -253,19 +256,26 @@ class _Run:
                 _refuse_taken([self.wanted.folder / f"{one.name}{ending}" for ending in ENDINGS])
             yield one
 
-    def _batches(self, inputs: Iterator[Decoded]) -> Iterator[list[tuple[Decoded, Picture]]]:
-        """As many images as the model is fed at once; large ones alone, failed ones not at all."""
-        batch: list[tuple[Decoded, Picture]] = []
+    def _groups(self, inputs: Iterator[Decoded]) -> Iterator[list[tuple[Decoded, Picture]]]:
+        """As many images as the model is fed at once, or several times as many small ones; large ones alone, failed
+        ones not at all."""
+        batch = self.predictor.batch
+        most = batch * max(1, GROUP // batch) if self.predictor.streams > 1 else batch
+        group: list[tuple[Decoded, Picture]] = []
+        pixels = 0
         for one in inputs:
             if isinstance(one.picture, DataError):
                 self._fail(one.source, one.picture)
                 continue
-            if batch and (len(batch) == self.predictor.batch or one.picture.is_large or batch[0][1].is_large):
-                yield batch
-                batch = []
-            batch.append((one, one.picture))
-        if batch:
-            yield batch
+            size = one.picture.height * one.picture.width
+            is_full = len(group) == most or (len(group) % batch == 0 and pixels + batch * size > GROUP_PIXELS)
+            if group and (is_full or one.picture.is_large or group[0][1].is_large):
+                yield group
+                group, pixels = [], 0
+            group.append((one, one.picture))
+            pixels += size
+        if group:
+            yield group
 
     def _predicted(self, batch: Sequence[tuple[Decoded, Picture]]) -> list[Finish]:
         """Predict; returned is what remains to be done for each, on any thread: write its files and give its line."""
@@ -359,6 +369,10 @@ class _Files:
             ]
         )
         return step, overlay_png(shrunk, labels[::step, ::step], self.colours, channels)
+
+
+def _finished(images: Iterable[Finish]) -> list[dict[str, Any]]:
+    return [finish() for finish in images]
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
