@@ -34,18 +34,17 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from predict import DISTINCT, SIZE, prepare
+from predict import DISTINCT, SIZE, pictures, prepare
 
 from pipeline.artifacts import sha256_file
 from pipeline.backends import cuda
 from pipeline.data.pictures import mask_png
 from pipeline.data.pixels import open_picture, picture_of
-from pipeline.data.synthetic import draw_cells
 from pipeline.fleet.fleet import Fleet
 from pipeline.fleet.portions import Part
 from pipeline.fleet.proxies import HostedPredictor
 from pipeline.predictor import Predictor
-from pipeline.stages.predict import PORTION, Wanted, predict
+from pipeline.stages.predict import GROUP, PORTION, Wanted, predict
 
 # Cores that a GPU's workers get, at most.
 MOST_WORKERS = 16
@@ -81,29 +80,13 @@ class Arrays:
         return Arrays, (self.predictor, self.files)
 
     def __call__(self, places: Sequence[int], again: bool) -> int:
-        batch = self.predictor.batch
+        batch = max(self.predictor.batch, GROUP)
         batches = [
             [self.images[place % len(self.images)] for place in places[at : at + batch]]
             for at in range(0, len(places), batch)
         ]
         with ThreadPoolExecutor(self.predictor.streams + 1) as pool:
             return sum(len(masks) for masks in pool.map(self.predictor.predict, batches))
-
-
-def pictures(folder: Path, images: int, passes: int) -> Path:
-    """PNG files of 512×512, each differing from the others, and links to them for each pass after the first."""
-    if not folder.exists():
-        different = [draw_cells(seed, SIZE)[0] for seed in range(DISTINCT)]
-        making = folder.with_name(f"{folder.name}.making")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        for number in range(images):
-            first = making / f"{number:05d}_0.png"
-            Image.fromarray(np.roll(different[number % DISTINCT], number // DISTINCT * 3, axis=1)).save(first)
-            for again in range(1, passes):
-                (making / f"{number:05d}_{again}.png").hardlink_to(first)
-        making.rename(folder)
-    return folder
 
 
 def one_core(images: Path, masks: Path, photographs: Path | None, folder: Path) -> dict[str, Any]:
@@ -230,7 +213,7 @@ def main() -> None:
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     model = prepare(options.clean, folder, options.precision, options.backend)
-    images = pictures(folder / f"png-{options.images}x{options.passes}", options.images, options.passes)
+    images = pictures(folder / f"png-{options.images}x{options.passes}", options.images, SIZE, SIZE, options.passes)
     rows: list[dict[str, Any]] = []
     for gpus in options.gpus:
         rows.append(measure(model, images, folder / "masks", gpus, each, options.images * options.passes, on_gpu))

@@ -7,7 +7,8 @@ CLEAN.onnx is the cleaned float32 graph of a UNet that takes grey 512×512 image
 also gets the images. Measured are:
 
 latency  from a decoded uint8 image to its uint8 mask, one by one, in turns with the engine's own GPU time
-folder   PNG files of 480×360 to masks as PNG files, and the same job by torch_loop.py in another interpreter
+folder   PNG files of 480×360 to masks as PNG files, without overlays and with them, and the same jobs by torch_loop.py
+         in another interpreter
 busy     decoded images from memory as fast as they go: the share of time that the GPU works
 
 ``--backend onnxruntime`` runs all of it on the CPU, with the graph instead of an engine, to try the script.
@@ -35,12 +36,13 @@ from cleaning import LARGE
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.artifacts import ModelCard, sha256_file
+from pipeline.artifacts import ModelCard
 from pipeline.backends import cuda
 from pipeline.backends.runner import EngineRunner
 from pipeline.calibration.table import read_cache
 from pipeline.config import CalibrateConfig, EngineConfig, PreprocessingConfig, load_config
 from pipeline.data.dataset import image_folder
+from pipeline.data.inputs import THREADS
 from pipeline.data.synthetic import draw_cells
 from pipeline.graph.deployment import bake
 from pipeline.graph.io import load_model, save_model, write_card
@@ -56,6 +58,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, HEIGHT, WIDTH = 512, 360, 480
 SPEC = PreprocessingConfig(height=SIZE, width=SIZE, channels="grey", mean=(0.4,), std=(0.15,), resize="stretch")
 DISTINCT = 50
+# What is written of each image: its mask, or an overlay too. The PyTorch loop also runs without writing.
+JOBS = ("masks", "overlays")
 CALIBRATION_IMAGES = 4
 UTILIZATION = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200")
 
@@ -76,7 +80,8 @@ def prepare(clean: Path, folder: Path, precision: str, backend: str) -> Path:
         if precision == "int8":
             cache = folder / "calibration.cache"
             samples = image_folder(pictures(folder / "calibration", CALIBRATION_IMAGES), "grey")
-            config = CalibrateConfig(images=CALIBRATION_IMAGES)
+            # Few images: their tensors are computed sooner than an engine that computes them is built.
+            config = CalibrateConfig(images=CALIBRATION_IMAGES, calibrator="cpu")
             calibrate(baked, samples, config, SPEC, cache, cache.with_suffix(".json"))
             table = read_cache(cache)
         settings = EngineConfig(backend="tensorrt")
@@ -84,14 +89,23 @@ def prepare(clean: Path, folder: Path, precision: str, backend: str) -> Path:
     return target / "model.engine"
 
 
-def pictures(folder: Path, count: int) -> Path:
-    """PNGs of 480×360, of which every one differs from the others."""
+def pictures(folder: Path, count: int, height: int = HEIGHT, width: int = WIDTH, passes: int = 1) -> Path:
+    """PNGs of which every one differs from the others, and links to them for each pass after the first."""
+
+    def save(number: int) -> None:
+        first = making / f"{number:05d}_0.png"
+        Image.fromarray(np.roll(drawn[number % DISTINCT], number // DISTINCT * 7, axis=1)).save(first)
+        for again in range(1, passes):
+            (making / f"{number:05d}_{again}.png").hardlink_to(first)
+
     if not folder.exists():
-        folder.mkdir(parents=True)
-        drawn = [draw_cells(seed, WIDTH)[0][:HEIGHT] for seed in range(min(DISTINCT, count))]
-        for number in range(count):
-            shifted = np.roll(drawn[number % DISTINCT], number // DISTINCT * 7, axis=1)
-            Image.fromarray(shifted).save(folder / f"{number:04d}.png")
+        making = folder.with_name(f"{folder.name}.making")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        with ThreadPoolExecutor() as pool:
+            drawn = list(pool.map(lambda seed: draw_cells(seed, width)[0][:height], range(min(DISTINCT, count))))
+            list(pool.map(save, range(count)))
+        making.rename(folder)
     return folder
 
 
@@ -129,15 +143,17 @@ def timed(once: Callable[[], object], repeats: int) -> NDArray[np.float64]:
 
 
 def on_folder(model: Path, images: Path, out: Path, streams: int, repeats: int) -> dict[str, Any]:
-    """Seconds of every pass after one that is not counted: ``unet-trt predict --no-overlays`` with a loaded model."""
-    seconds = []
+    """Seconds of every pass after one that is not counted: ``unet-trt predict`` with a loaded model."""
+    seconds: dict[str, list[float]] = {}
     with Predictor(model, streams=streams) as predictor:
-        for _ in range(repeats + 1):
-            shutil.rmtree(out, ignore_errors=True)
-            start = time.perf_counter()
-            outcome = predict(predictor, sha256_file(model), [images], Wanted(out, overlays=False))
-            seconds.append(round(time.perf_counter() - start, 4))
-    return {"images": outcome.done, "streams": predictor.streams, "first_seconds": seconds[0], "seconds": seconds[1:]}
+        for job in JOBS:
+            for _ in range(repeats + 1):
+                shutil.rmtree(out, ignore_errors=True)
+                start = time.perf_counter()
+                outcome = predict(predictor, predictor.sha256, [images], Wanted(out, overlays=job == "overlays"))
+                seconds.setdefault(job, []).append(round(time.perf_counter() - start, 4))
+    facts = {"images": outcome.done, "streams": predictor.streams, "threads": THREADS}
+    return {**facts, "seconds": {job: passes[1:] for job, passes in seconds.items()}}
 
 
 def torch_loop(python: str, images: Path, out: Path, arguments: dict[str, Any], repeats: int) -> dict[str, Any]:
@@ -237,14 +253,15 @@ def main() -> None:
     images = pictures(folder / f"png-{options.images}", options.images)
     ours = on_folder(model, images, folder / "masks", max(options.streams), options.repeats)
     note("folder", ours)
-    rate = ours["images"] / statistics.median(ours["seconds"])
-    print(f"folder: {rate:.0f} images/s", flush=True)
+    rates = {job: ours["images"] / statistics.median(seconds) for job, seconds in ours["seconds"].items()}
+    print("folder: " + ", ".join(f"{job} {rate:.0f} images/s" for job, rate in rates.items()), flush=True)
     if options.torch_python:
         theirs = torch_loop(options.torch_python, images, folder / "torch", options.network, options.repeats)
         note("torch_loop", theirs)
-        for key in ("seconds", "seconds_without_writing"):
-            other = theirs["images"] / statistics.median(theirs[key])
-            print(f"torch, {key.replace('_', ' ')}: {other:.0f} images/s, ours {rate / other:.2f} times", flush=True)
+        for job, seconds in theirs["seconds"].items():
+            other = theirs["images"] / statistics.median(seconds)
+            rate = rates.get(job, rates["masks"])
+            print(f"torch, {job}: {other:.0f} images/s, ours {rate / other:.2f} times", flush=True)
 
 
 if __name__ == "__main__":
