@@ -41,11 +41,14 @@ def account_for(
         EngineError: the engine fails to run, or tells nothing of its layers.
         ModelError: a graph whose convolutions' sizes cannot be told.
     """
-    from pipeline.graph.cost import convolution_macs, operators
+    from pipeline.graph.cost import convolution_macs, operators, tensor_shapes
 
-    milliseconds = runner.profile(feeds)
-    macs = {} if graph is None else convolution_macs(graph, {name: array.shape for name, array in feeds.items()})
-    layers = parse_layers(runner.layers(), operators(graph) if graph is not None else None)
+    milliseconds, fed = runner.profile(feeds), {name: array.shape for name, array in feeds.items()}
+    batch = next(iter(fed.values()))[0]
+    if graph is None:
+        return account(engine_sha256, parse_layers(runner.layers(), batch=batch), milliseconds, {}, device, whole_ms)
+    layers = parse_layers(runner.layers(), operators(graph), tensor_shapes(graph, fed), batch)
+    macs = convolution_macs(graph, fed)
     return account(engine_sha256, layers, milliseconds, macs, device, whole_ms)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
@@ -111,7 +112,12 @@ def printable(name: str) -> str:
     return "".join(character for character in name if character >= " ")
 
 
-def parse_layers(text: str, operators: Mapping[str, str] | None = None) -> tuple[EngineLayer, ...]:
+def parse_layers(
+    text: str,
+    operators: Mapping[str, str] | None = None,
+    shapes: Mapping[str, Sequence[int | str | None] | None] | None = None,
+    batch: int | None = None,
+) -> tuple[EngineLayer, ...]:
     """Read the inspector's JSON.
 
     1. The layer's type names its group; where it says nothing (a fused block), the operators of its ONNX nodes do.
@@ -119,6 +125,9 @@ def parse_layers(text: str, operators: Mapping[str, str] | None = None) -> tuple
 
     Args:
         operators: ONNX operator by node name.
+        shapes: by ONNX tensor, for sizes that the inspector does not know. TensorRT 8.6.0's knows no size of a free
+            axis, although it is given a context whose inputs have their shapes.
+        batch: for tensors of other names whose first size alone is unknown.
 
     Raises:
         EngineError: no JSON, or none with layers.
@@ -133,11 +142,20 @@ def parse_layers(text: str, operators: Mapping[str, str] | None = None) -> tuple
             fix="report this with the version of TensorRT",
         ) from error
     joined = {tensor["Name"] for item in items if _joins(item) for tensor in _listed(item, "Outputs")}
-    return tuple(_layer(item, joined, operators or {}) for item in items)
+
+    def sized(tensor: LayerTensor) -> LayerTensor:
+        return replace(tensor, shape=_sizes(tensor, (shapes or {}).get(tensor.name), batch))
+
+    return tuple(_layer(item, joined, operators or {}, sized) for item in items)
 
 
-def _layer(item: Mapping[str, Any], joined: set[str], operators: Mapping[str, str]) -> EngineLayer:
-    inputs, outputs = (tuple(_tensor(tensor) for tensor in _listed(item, key)) for key in ("Inputs", "Outputs"))
+def _layer(
+    item: Mapping[str, Any],
+    joined: set[str],
+    operators: Mapping[str, str],
+    sized: Callable[[LayerTensor], LayerTensor],
+) -> EngineLayer:
+    inputs, outputs = (tuple(sized(_tensor(tensor)) for tensor in _listed(item, key)) for key in ("Inputs", "Outputs"))
     nodes = _nodes(item)
     group = _group(item, nodes, operators)
     writes_joined = group == "reformat" and any(tensor.name in joined for tensor in outputs)
@@ -196,6 +214,17 @@ def _tensor(described: Mapping[str, Any]) -> LayerTensor:
     words = " ".join(str(described[key]) for key in ("Format/Datatype", "Datatype", "Format") if key in described)
     shape = described.get("Dimensions") or ()
     return LayerTensor(str(described["Name"]), tuple(int(size) for size in shape), _precision(words), _format(words))
+
+
+def _sizes(tensor: LayerTensor, known: Sequence[int | str | None] | None, batch: int | None) -> tuple[int, ...]:
+    """The tensor's sizes, unknown ones as they are in ONNX."""
+    shape = tensor.shape
+    if not shape or min(shape) >= 0:
+        return shape
+    sizes = tuple(size for size in known or () if isinstance(size, int))
+    if len(sizes) == len(shape):
+        return sizes
+    return (batch, *shape[1:]) if batch is not None and min(shape[1:], default=0) >= 0 else shape
 
 
 def _precision(words: str) -> str:

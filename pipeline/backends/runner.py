@@ -235,7 +235,8 @@ class EngineRunner(Closing):
     def layers(self) -> str:
         """What the engine consists of, as TensorRT's engine inspector tells it: JSON text.
 
-        Sizes of dynamic axes are those of the last inference, and unknown before the first.
+        Sizes of dynamic axes are those of the last inference, and unknown before the first; TensorRT 8.6.0 does not
+        tell them at all.
         """
         inspector = self._engine.create_engine_inspector()
         if self._bound is not None:

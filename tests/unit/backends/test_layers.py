@@ -117,3 +117,29 @@ def test_control_characters_vanish_from_names():
 def test_no_layers(text):
     with pytest.raises(EngineError, match="holds no layers"):
         parse_layers(text)
+
+
+def test_sizes_that_the_inspector_does_not_know():
+    """As TensorRT 8.6.0 tells of free axes: by the ONNX tensor, or the batch where that alone is unknown."""
+
+    def tensor(name, *shape):
+        return {"Name": name, "Dimensions": list(shape), "Format/Datatype": "Row major linear FP32"}
+
+    layer = {
+        "Name": "conv",
+        "LayerType": "CaskConvolution",
+        "Inputs": [tensor("image", -1, 3, -1, -1), tensor("copied", -1, 3, 8, 8), tensor("other", -1, 3, -1, 8)],
+        "Outputs": [tensor("known", 1, 2, 4, 4)],
+    }
+    text = json.dumps({"Layers": [layer]})
+    shapes = {"image": (5, 3, 16, 24), "other": (5, 3, "height", 8), "known": (9, 9, 9, 9)}
+    (sized,) = parse_layers(text, None, shapes, 5)
+    assert [one.shape for one in (*sized.inputs, *sized.outputs)] == [
+        (5, 3, 16, 24),
+        (5, 3, 8, 8),
+        (-1, 3, -1, 8),
+        (1, 2, 4, 4),
+    ]
+    (unsized,) = parse_layers(text)
+    assert [one.shape[0] for one in unsized.inputs] == [-1, -1, -1]
+    assert unsized.bytes is None
