@@ -1050,7 +1050,7 @@ def _print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None
             print(f"masks:  {work.folder / 'validate'}/<precision>/overlays")
 
 
-class _Stderr(logging.StreamHandler[Any]):
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # CPython 3.10 cannot subscript it
     """Writes to what is ``sys.stderr`` at the time: bars put themselves there, so that lines come above them."""
 
     def __init__(self) -> None:
