@@ -91,8 +91,9 @@ def train(config: Config, weights: Path) -> TrainingReport:
         )
     log.info("training on %d images on %s", len(samples), device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    rise = 0.1 if recipe.steps > 10 else 0.6  # OneCycleLR divides by rise * steps - 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.1
+        optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=rise
     )
     class_weights = torch.tensor(recipe.class_weights, device=device) if recipe.class_weights else None
     losses: list[Tensor] = []

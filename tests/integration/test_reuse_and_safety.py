@@ -104,7 +104,7 @@ def test_training_never_writes_over_a_checkpoint(project: Project, unet_trt: Com
 
 
 def test_training_writes_weights_that_run_and_a_card(project: Project, unet_trt: Command) -> None:
-    few = ["--set", "train.steps=3", "--set", "train.batch=2", "--set", "train.crop=[32, 32]"]
+    few = ["--set", "train.steps=10", "--set", "train.batch=2", "--set", "train.crop=[32, 32]"]
     result = unet_trt("train", "-c", project.config, "-o", project.root / "new.safetensors", *few)
     assert result.code == 0, result
     assert "mIoU" in (project.root / "new.md").read_text()
