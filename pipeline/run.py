@@ -141,8 +141,10 @@ class Run:
         )
         validation = self._validation()
         calibrator = resolve_calibrator(config.calibrator)
-        refining = ("torch",) if config.refine_steps else ()
-        tools = ("numpy", "onnxruntime", *(() if calibrator == "cpu" else ("tensorrt",)), *refining)
+        tools = ("numpy", "onnxruntime", *(() if calibrator == "cpu" else ("tensorrt",)))
+        if config.refine_steps:
+            # Often made by an interpreter that has torch: one that has not takes the result as it is.
+            tools = ("torch",)
         return (
             self._kept.stage(
                 "calibrate",
