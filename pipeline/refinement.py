@@ -41,8 +41,11 @@ TINY = 1e-12
 Batch = NDArray[np.float32]
 
 
-def check_refinable(model: ModelProto) -> None:
+def check_refinable(model: ModelProto, batch: Batch | None) -> None:
     """See to it that a graph can be refined here, before the minutes of calibration.
+
+    Args:
+        batch: run through it, where there is one.
 
     Raises:
         UnsupportedError: torch is not installed, or a node has no gradients here.
@@ -54,7 +57,10 @@ def check_refinable(model: ModelProto) -> None:
             "refinement needs torch, which computes its gradients, and torch is not installed",
             fix="pip install torch, calibrate with an interpreter that has it, or set calibrate.refine_steps to 0",
         ) from error
-    TorchGraph(model, _scores(model), torch.device("cpu"))
+    graph = TorchGraph(model, _scores(model), torch.device("cpu"))
+    if batch is not None:
+        with torch.no_grad():
+            graph({model_inputs(model)[0].name: torch.from_numpy(np.asarray(batch, np.float32))})
 
 
 def refine(

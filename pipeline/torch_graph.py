@@ -176,11 +176,14 @@ def _pool(graph: TorchGraph, node: NodeProto, given: list[Any]) -> Tensor:
     attributes, (x,) = _attributes(node), given
     kernel = attributes["kernel_shape"]
     rank = len(kernel)
-    if rank != SPATIAL or attributes.get("ceil_mode", 0) or any(d != 1 for d in attributes.get("dilations", [])):
-        raise _unsupported(node, f"{node.op_type} with ceil_mode, dilations or other than two dimensions")
     pads, stride = _pads(node, attributes, rank), attributes.get("strides", [1] * rank)
+    ceil = bool(attributes.get("ceil_mode", 0))
+    if rank != SPATIAL or any(d != 1 for d in attributes.get("dilations", [])):
+        raise _unsupported(node, f"{node.op_type} with dilations or other than two dimensions")
+    if ceil and (any(pads) or node.op_type != "MaxPool"):
+        raise _unsupported(node, f"{node.op_type} with ceil_mode and pads")
     if node.op_type == "MaxPool":
-        return functional.max_pool2d(functional.pad(x, pads, value=-math.inf), kernel, stride)
+        return functional.max_pool2d(functional.pad(x, pads, value=-math.inf), kernel, stride, ceil_mode=ceil)
     if any(pads) and not attributes.get("count_include_pad", 0):
         raise _unsupported(node, "AveragePool that leaves out its pads")
     return functional.avg_pool2d(functional.pad(x, pads), kernel, stride)

@@ -105,8 +105,8 @@ def calibrate(
     if config.refine_steps:
         from pipeline.refinement import check_refinable
 
-        check_refinable(model)
         _held_out(len(samples), *REFINING)
+        check_refinable(model, next((array for _, array in images.anew().read([0], "image", may_lack=True)), None))
     trials: list[AlgorithmTrial] = []
     held_out: list[int] = []
     histograms: list[Histogram] = []

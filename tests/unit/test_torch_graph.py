@@ -67,6 +67,7 @@ CASES = {
         b=floats(3),
     ),
     "max pool": graph([one("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 0, 1, 0])]),
+    "max pool, ceil": graph([one("MaxPool", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)], shape=(2, 4, 10, 12)),
     "average pool": graph([one("AveragePool", kernel_shape=[2, 2], strides=[2, 2])]),
     "global pool": graph([one("GlobalAveragePool")]),
     "pad": graph([one("Pad", "p", mode="constant")], p=ints(0, 0, 1, 2, 0, 0, 0, 3)),
