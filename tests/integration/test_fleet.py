@@ -24,7 +24,8 @@ from pipeline import __version__
 from pipeline.artifacts import ModelCard, from_json, sha256_file, write_atomically
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.calibration.report import CalibrationReport
-from pipeline.cli import _fleet, _gpu_engines
+from pipeline.cli.arguments import open_fleet
+from pipeline.cli.deployment import _gpu_engines
 from pipeline.config import CalibrateConfig, ClassConfig, PreprocessingConfig, Tolerance, ValidateConfig
 from pipeline.data.dataset import image_folder
 from pipeline.errors import BuildFolderError, ConfigError, DataError, EngineError, ModelError, UnsupportedError
@@ -325,7 +326,7 @@ def test_bad_addresses_and_options(files: Path, tmp_path: Path, unet_trt: Comman
     assert not (tmp_path / "working" / "masks").exists()
     with pytest.raises(ConfigError, match=r"'ray://head' is no address of a cluster"):
         connect("ray://head")
-    with pytest.raises(ConfigError, match="--workers is for a run on Ray"), _fleet(False, None, 2):
+    with pytest.raises(ConfigError, match="--workers is for a run on Ray"), open_fleet(False, None, 2):
         pass
     with pytest.raises(ConfigError, match=r"-p mixed builds no engine of m\.onnx"):
         _gpu_engines(Path("m.onnx"), ["mixed"], None, None)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from pipeline import progress
-from pipeline.cli import _set_up_logging
+from pipeline.cli.logs import set_up_logging
 from pipeline.progress import Phases, duration, pace, paused, track, working
 
 
@@ -73,7 +73,7 @@ def test_log_lines_come_above_the_bars_and_results_stay_out_of_them(
     terminals: Terminals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = terminals()
-    _set_up_logging(debug=False, quiet=False)
+    set_up_logging(debug=False, quiet=False)
     with working("export"):
         logging.getLogger("pipeline.record").info("a line of the log")
         print("a result")
