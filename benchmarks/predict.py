@@ -17,6 +17,7 @@ busy     decoded images from memory as fast as they go: the share of time that t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -51,7 +52,7 @@ from pipeline.opening import open_model
 from pipeline.predictor import Predictor
 from pipeline.stages.calibrate import calibrate
 from pipeline.stages.engine import build_engine
-from pipeline.stages.predict import Wanted, predict
+from pipeline.stages.predict import Wanted, helpers_for, predict
 from pipeline.torch_process import environment_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -142,17 +143,24 @@ def timed(once: Callable[[], object], repeats: int) -> NDArray[np.float64]:
     return 1000 * times
 
 
-def on_folder(model: Path, images: Path, out: Path, streams: int, repeats: int) -> dict[str, Any]:
-    """Seconds of every pass after one that is not counted: ``unet-trt predict`` with a loaded model."""
+def on_folder(model: Path, images: Path, out: Path, streams: int, count: int, repeats: int) -> dict[str, Any]:
+    """Seconds of every pass after one that is not counted: ``unet-trt predict`` with a loaded model, beside which its
+    processes have started."""
     seconds: dict[str, list[float]] = {}
-    with Predictor(model, streams=streams) as predictor:
+    with contextlib.ExitStack() as stack:
+        processes = helpers_for([images], out, count)
+        if processes is not None:
+            stack.enter_context(processes)
+        predictor = stack.enter_context(Predictor(model, streams=streams))
         for job in JOBS:
             for _ in range(repeats + 1):
                 shutil.rmtree(out, ignore_errors=True)
                 start = time.perf_counter()
-                outcome = predict(predictor, predictor.sha256, [images], Wanted(out, overlays=job == "overlays"))
+                outcome = predict(
+                    predictor, predictor.sha256, [images], Wanted(out, overlays=job == "overlays"), None, processes
+                )
                 seconds.setdefault(job, []).append(round(time.perf_counter() - start, 4))
-    facts = {"images": outcome.done, "streams": predictor.streams, "threads": THREADS}
+    facts = {"images": outcome.done, "streams": predictor.streams, "processes": count}
     return {**facts, "seconds": {job: passes[1:] for job, passes in seconds.items()}}
 
 
@@ -212,6 +220,7 @@ def main() -> None:
     parser.add_argument("--network", type=json.loads, default=LARGE, help="arguments of models.unet.UNet, as JSON")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3, help="passes over the folder")
+    parser.add_argument("--processes", type=int, default=THREADS, help="that decode and encode a folder's images")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=5, help="for each number of streams")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 3, 4])
@@ -251,7 +260,7 @@ def main() -> None:
             flush=True,
         )
     images = pictures(folder / f"png-{options.images}", options.images)
-    ours = on_folder(model, images, folder / "masks", max(options.streams), options.repeats)
+    ours = on_folder(model, images, folder / "masks", max(options.streams), options.processes, options.repeats)
     note("folder", ours)
     rates = {job: ours["images"] / statistics.median(seconds) for job, seconds in ours["seconds"].items()}
     print("folder: " + ", ".join(f"{job} {rate:.0f} images/s" for job, rate in rates.items()), flush=True)

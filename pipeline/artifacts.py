@@ -179,9 +179,9 @@ def from_json(kind: type[T], path: Path) -> T:
     return value
 
 
-def process_name() -> str:
-    """This process among those of all machines that share a folder; without dots."""
-    return f"{platform.node().replace('.', '-')}-{os.getpid()}"
+def process_name(pid: int | None = None) -> str:
+    """This process, or another of this machine, among those of all machines that share a folder; without dots."""
+    return f"{platform.node().replace('.', '-')}-{os.getpid() if pid is None else pid}"
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:

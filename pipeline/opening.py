@@ -11,6 +11,7 @@ import onnx
 
 from pipeline.artifacts import ModelCard, sha256_file
 from pipeline.backends.base import Runner
+from pipeline.backends.distant import DistantRunner
 from pipeline.backends.onnxruntime import emulate
 from pipeline.backends.remote import RemoteRunner, is_address
 from pipeline.config import Precision
@@ -54,7 +55,10 @@ def read_facts(path: Path) -> Facts:
 
 
 def facts_of(runner: Runner) -> Facts:
-    """What a loaded model says: a served one what it was packaged with, any other nothing."""
+    """What a loaded model says: a served one what it was packaged with, a distant one what is known of it, any other
+    nothing."""
+    if isinstance(runner, DistantRunner):
+        return Facts(multiples=runner.model.multiples, aligns_corners=runner.model.aligns_corners)
     if not isinstance(runner, RemoteRunner):
         return Facts()
     served = runner.served

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import ModelCard, Profile, TensorSpec, sha256_file
 from pipeline.backends.base import Runner
+from pipeline.backends.distant import DistantModel, DistantRunner
 from pipeline.backends.gpu_array import GpuArray, GpuView
 from pipeline.backends.lanes import EngineLane, Lane, Lanes
 from pipeline.backends.remote import is_address
@@ -47,6 +48,8 @@ STREAMS = 3
 
 Floats = NDArray[np.float32]
 Allocate = Callable[[int, tuple[int, int, int]], Floats]
+# What a network gives for each array of a batch.
+Outputs = Callable[[Iterable[NDArray[Any]]], Generator[NDArray[Any], None, None]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,48 @@ class Prediction:
 
     labels: Pixels
     probabilities: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A predictor but for its model, which stays where it is; to be pickled.
+
+    Attributes:
+        model: what is known of it.
+        card, batch, tile, overlap: as ``Predictor``'s.
+    """
+
+    model: DistantModel
+    card: ModelCard
+    batch: int
+    tile: int | None
+    overlap: int | None
+
+    def opened(self, runner: DistantRunner) -> Predictor:
+        """A predictor like the one that this was made of, by what stands for its model."""
+        return Predictor(runner, self.card, batch=self.batch, tile=self.tile, overlap=self.overlap)
+
+
+def apart(predictor: Predictor, most: int, most_pixels: int) -> tuple[Apart, Outputs]:
+    """A predictor for other processes, and what answers them here.
+
+    Args:
+        most, most_pixels: images, and their pixels, that they send at once; at least the predictor's own batch.
+    """
+
+    def freed(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(spec.name, ("batch", *spec.shape[1:]), spec.dtype)
+
+    rows, columns = predictor._axes
+    batch = max(predictor.batch, min(most, most_pixels // (rows.largest * columns.largest)))
+    profiles = {}
+    if predictor._profile is not None:
+        shapes = predictor._profile.min, predictor._profile.opt, predictor._profile.max
+        sizes = ((count, *shape[1:]) for count, shape in zip((1, batch, batch), shapes, strict=True))
+        profiles = {predictor._source.name: Profile(*sizes)}
+    source, result = (freed(spec) for spec in (predictor._source, predictor._result))
+    model = DistantModel((source,), (result,), profiles, predictor._multiples, predictor._aligns_corners)
+    return Apart(model, predictor.card, batch, predictor._tile, predictor._overlap), predictor._outputs
 
 
 def in_memory(_: int, shape: tuple[int, int, int]) -> Floats:
@@ -136,7 +181,8 @@ class Predictor(Closing):
             profile = getattr(runner, "profiles", {}).get(self._source.name)
             self._least_batch, self.batch = _batch_sizes(self._source, profile, batch)
             self._axes = _axes(self._source, profile, facts.multiples, tile)
-            self._overlap = overlap
+            self._result, self._profile, self._multiples = result, profile, facts.multiples
+            self._tile, self._overlap = tile, overlap
             for axis in self._axes:
                 _check_overlap(axis.tile, overlap)
         except BaseException:
@@ -370,8 +416,9 @@ class Predictor(Closing):
 
     # ------------------------------------------------------------------ the network
 
-    def _outputs(self, patches: Iterable[Pixels]) -> Generator[NDArray[Any], None, None]:
-        """What the network gives for images, uint8 (H, W, C), one after another; each is valid until the next.
+    def _outputs(self, patches: Iterable[NDArray[Any]]) -> Generator[NDArray[Any], None, None]:
+        """What the network gives for images of the size that it is fed, uint8 (H, W, C), or for its own inputs,
+        normalised (C, H, W), one after another; each is valid until the next.
 
         Batches are sent off before the results of those ahead of them are asked for, on as many lanes as are free.
         """
@@ -395,9 +442,9 @@ class Predictor(Closing):
                 lane.settle()
                 self._lanes.give(lane)
 
-    def _batches(self, patches: Iterable[Pixels]) -> Iterator[list[Pixels]]:
+    def _batches(self, patches: Iterable[NDArray[Any]]) -> Iterator[list[NDArray[Any]]]:
         """Neighbours of one size; at most as many as a batch holds."""
-        batch: list[Pixels] = []
+        batch: list[NDArray[Any]] = []
         for patch in patches:
             if batch and (len(batch) == self.batch or batch[0].shape != patch.shape):
                 yield batch
@@ -406,16 +453,15 @@ class Predictor(Closing):
         if batch:
             yield batch
 
-    def _send(self, lane: Lane, batch: Sequence[Pixels]) -> None:
-        height, width, channels = batch[0].shape
-        takes_images = self._source.dtype == "uint8"
+    def _send(self, lane: Lane, batch: Sequence[NDArray[Any]]) -> None:
+        is_ready = batch[0].dtype == self._source.dtype
         count = max(len(batch), self._least_batch)
-        shape = (count, height, width, channels) if takes_images else (count, channels, height, width)
+        shape = (count, *(batch[0].shape if is_ready else (batch[0].shape[2], *batch[0].shape[:2])))
         with self._misfits():
             memory = lane.memory(shape)
             for index in range(count):
                 patch = batch[min(index, len(batch) - 1)]
-                if takes_images:
+                if is_ready:
                     memory[index] = patch
                 else:
                     normalise(patch, self.card.preprocessing, memory[index])

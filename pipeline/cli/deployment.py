@@ -120,6 +120,14 @@ def predict(
     engines: Annotated[
         Path | None, typer.Option(help="Folder that keeps engines of -p.", show_default="engines beside MODEL.onnx")
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="That decode and encode; 0: threads alone.",
+            show_default="one a core, up to 16, with an engine and 64 images or more",
+        ),
+    ] = None,
     distributed: DistributedOption = False,
     address: AddressOption = None,
     workers: WorkersOption = None,
@@ -128,13 +136,15 @@ def predict(
     """Images in, masks out."""
     from pipeline.errors import ConfigError, DataError
     from pipeline.predictor import Predictor
-    from pipeline.stages.predict import Wanted
+    from pipeline.stages.predict import Wanted, helpers_for
     from pipeline.stages.predict import predict as predict_images
 
     if timeout is not None and server is None:
         raise ConfigError("--timeout belongs to --server", fix="leave it out, or add --server")
     if server is not None and (distributed or precision):
         raise ConfigError("--server has workers and engines of its own", fix="leave --distributed and -p out")
+    if distributed and processes is not None:
+        raise ConfigError("--distributed has workers of its own", fix="leave --processes out")
     if distributed:  # workers may have another working folder
         model, output, card = model.absolute(), output.absolute(), card and card.absolute()
         inputs = [str(Path(one).absolute()) for one in inputs]
@@ -147,11 +157,16 @@ def predict(
     wanted = Wanted(output, overwrite, resume, overlays, probabilities)
     with open_fleet(distributed, address, workers) as fleet, contextlib.ExitStack() as stack:
         on_cpu = not precision and model.suffix == ".onnx"
+        helpers = None
+        if processes is not None or not (on_cpu or server or distributed):
+            helpers = helpers_for(inputs, output, processes)
+            if helpers is not None:  # they start while the model is loaded
+                stack.enter_context(helpers)
         if fleet is not None and not on_cpu:
             predictor: Masks = stack.enter_context(fleet.host_predictor(opens))
         else:
             predictor = stack.enter_context(opens())
-        outcome = predict_images(predictor, identity or predictor.sha256, inputs, wanted, fleet)
+        outcome = predict_images(predictor, identity or predictor.sha256, inputs, wanted, fleet, helpers)
     if json:
         print_json(outcome)
     else:

@@ -164,7 +164,7 @@ def _files_of(given: Path, apart: Path) -> list[Path]:
 
 
 def _pages(path: Path, channels: str) -> Iterator[Input]:
-    count, pixels = _extent(path)
+    count, pixels = extent(path)
     if count == 1:
         yield Input(path.stem, path, partial(open_picture, path, channels), pixels)
         return
@@ -173,7 +173,7 @@ def _pages(path: Path, channels: str) -> Iterator[Input]:
         yield Input(f"{path.stem}_{page:04d}", path, load, pixels, {"page": page})
 
 
-def _extent(path: Path) -> tuple[int, int]:
+def extent(path: Path) -> tuple[int, int]:
     """Pages, and pixels of the first, as the header says; 1 and 0 of what cannot be read, which decoding says then."""
     try:
         with Image.open(path) as image:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +20,15 @@ from PIL import Image
 
 from pipeline.artifacts import ModelCard, process_name, write_atomically
 from pipeline.backends.ahead import Ahead
-from pipeline.data.inputs import THREADS, Decoded, Input, decoded, find_files, inputs_of
+from pipeline.backends.processes import Desk, Processes
+from pipeline.data.inputs import THREADS, Decoded, Input, decoded, extent, find_files, inputs_of
 from pipeline.data.pictures import mask_png, overlay_png, palette, probability_png
 from pipeline.data.pixels import Picture
 from pipeline.data.preprocessing import Pixels
 from pipeline.data.videos import VIDEO_ENDINGS, decoder_for
 from pipeline.errors import BuildFolderError, DataError
 from pipeline.journal import NAME, Journal
-from pipeline.predictor import Allocate, Prediction
+from pipeline.predictor import Allocate, Apart, Prediction, Predictor, apart
 from pipeline.progress import track
 
 if TYPE_CHECKING:
@@ -47,8 +48,13 @@ PORTION = 64
 # Where a model works on several batches at a time, images that go from thread to thread together, and their pixels: an
 # engine needs less time for a small image than threads do to hand it over.
 GROUP, GROUP_PIXELS = 8, 1 << 21
-# Threads of a fleet's worker, which has a core of its own: one decodes or encodes while another waits for a disk.
+# Threads of a process that has a core of its own: one decodes or encodes while another waits for a disk.
 WORKER_THREADS = 2
+# Images from which on processes are worth their start, and pixels of the largest: threads are kept busy by larger ones,
+# of which each process would hold several.
+FEWEST_FOR_PROCESSES, LARGEST_FOR_PROCESSES = 64, 1 << 22
+# Of the journal.
+Lines = Generator[dict[str, Any], None, None]
 # Writes the files of an image, and gives its line.
 Finish = Callable[[], dict[str, Any]]
 
@@ -101,17 +107,20 @@ def predict(
     given: Sequence[str | Path],
     wanted: Wanted,
     fleet: Fleet | None = None,
+    processes: Processes | None = None,
 ) -> Outcome:
     """For each image write ``<name>.png`` (class ids, palette), what else is wanted, and a line in the journal.
 
     An image that cannot be decoded is said in its line, and the others are done. Images are decoded, and files
-    encoded, on threads of their own. Every file is whole or absent, whenever the run ends.
+    encoded, on threads of their own, or in processes. Every file is whole or absent, whenever the run ends.
 
     Args:
         model_sha256: of the model's file.
         given: images, folders, globs, numbered sequences, TIFF stacks, videos.
         fleet: whose workers do it, portion by portion, with the predictor as it is pickled; images and
             ``wanted.folder`` are on storage that all of them share. Lines come as portions are finished.
+        processes: that decode and encode in place of threads, with a ``Predictor``. Large images and videos are left
+            to threads, after all others. Lines come as images are finished.
 
     Raises:
         DataError: no image found, two images of one name.
@@ -133,14 +142,27 @@ def predict(
             work = _Work(predictor, wanted, frozenset(journal.names), journal.existed)
             done = failed = 0
             first_failure = ""
-            for line in work.here(paths) if fleet is None else work.over(fleet, paths):
-                journal.add(line)
-                if "error" in line:
-                    log.warning("%s", line["error"])
-                    failed, first_failure = failed + 1, first_failure or str(line["error"])
-                else:
-                    done += 1
+            with contextlib.closing(work.lines(paths, fleet, processes)) as lines:
+                for line in lines:
+                    journal.add(line)
+                    if "error" in line:
+                        log.warning("%s", line["error"])
+                        failed, first_failure = failed + 1, first_failure or str(line["error"])
+                    else:
+                        done += 1
             return Outcome(done, work.already, failed, first_failure)
+
+
+def helpers_for(given: Sequence[str | Path], folder: Path, count: int | None = None) -> Processes | None:
+    """Processes for ``predict`` with a model that leaves this machine's cores free; None where threads do as well,
+    and where the system has no memory without a file name (Linux has).
+
+    Args:
+        count: of processes; 0 for none. Default: one a core, where there are several and images enough.
+    """
+    if count is None:
+        count = THREADS if THREADS > 1 and len(find_files(given, folder)) >= FEWEST_FOR_PROCESSES else 0
+    return Processes(count, __name__) if count and hasattr(os, "memfd_create") else None
 
 
 class _Work:
@@ -158,12 +180,47 @@ class _Work:
         self.predictor, self.wanted, self.earlier, self.existed = predictor, wanted, earlier, existed
         self.already = 0
 
-    def here(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    def lines(self, paths: Sequence[Path], fleet: Fleet | None, processes: Processes | None) -> Lines:
+        if fleet is not None:
+            return self.over(fleet, paths)
+        if processes is not None and isinstance(self.predictor, Predictor):
+            return self.beside(processes, self.predictor, paths)
+        return self.here(paths)
+
+    def here(self, paths: Sequence[Path]) -> Lines:
         run = _Run(self.predictor, self.wanted, self.earlier, refuse=not (self.wanted.overwrite or self.existed))
         yield from run.lines(track(paths, "predicting", len(paths)))
-        self.already = run.already
+        self.already += run.already
 
-    def over(self, fleet: Fleet, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    def beside(self, processes: Processes, predictor: Predictor, paths: Sequence[Path]) -> Lines:
+        there, model = apart(predictor, GROUP, GROUP_PIXELS)
+        job = _Job(
+            there, predictor.batch, self.wanted, self.earlier, refuse=not (self.wanted.overwrite or self.existed)
+        )
+        names: set[str] = set()
+        left = [path for path in paths if path.suffix.lower() in VIDEO_ENDINGS]
+        given = [path for path in paths if path.suffix.lower() not in VIDEO_ENDINGS]
+        is_done = False
+        try:
+            for result in processes.run(job, model, track(given, "predicting", len(given))):
+                if isinstance(result, int):
+                    self.already += result
+                elif isinstance(result, Path):
+                    left.append(result)
+                elif result["name"] in names:
+                    raise _named_twice(result["name"])
+                else:
+                    names.add(result["name"])
+                    yield result
+            is_done = True
+        finally:
+            if not is_done:
+                processes.close()
+                for name in processes.names:
+                    _clear(self.wanted.folder, name)
+        yield from self.here(left)
+
+    def over(self, fleet: Fleet, paths: Sequence[Path]) -> Lines:
         names: set[str] = set()
         try:
             parts = fleet.parts(self, paths, PORTION, "predicting", writes=self.wanted.folder)
@@ -196,6 +253,45 @@ class _Work:
             return list(run.lines(paths)), run.already
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What one of several processes does with images, as ``_Run``; to be pickled.
+
+    Its results are lines, the number of images that were done already, and paths of large images, which are left
+    alone.
+
+    Args:
+        together: images that fill a batch of the model's.
+    """
+
+    there: Apart
+    together: int
+    wanted: Wanted
+    earlier: frozenset[str]
+    refuse: bool
+
+    def __call__(self, desk: Desk) -> None:
+        def small() -> Iterator[Path]:
+            for path in desk.items():
+                if extent(path)[1] > LARGEST_FOR_PROCESSES:
+                    desk.put(path)
+                else:
+                    yield path
+
+        with _larger_images(), self.there.opened(desk.runner(self.there.model)) as predictor:
+            run = _Run(
+                predictor,
+                self.wanted,
+                self.earlier,
+                refuse=self.refuse,
+                threads=WORKER_THREADS,
+                together=self.together,
+            )
+            for line in run.lines(small()):
+                desk.put(line)
+        desk.put(run.already)
+
+
 class _Run:
     """One pass over images.
 
@@ -203,13 +299,21 @@ class _Run:
         earlier: names of images to leave out.
         refuse: raise where there are files that would be replaced.
         threads: that decode, and as many that encode.
+        together: images that fill a batch of the model's, where the predictor takes several batches at once.
     """
 
     def __init__(
-        self, predictor: Masks, wanted: Wanted, earlier: frozenset[str], *, refuse: bool, threads: int = THREADS
+        self,
+        predictor: Masks,
+        wanted: Wanted,
+        earlier: frozenset[str],
+        *,
+        refuse: bool,
+        threads: int = THREADS,
+        together: int | None = None,
     ) -> None:
         self.predictor, self.wanted, self.earlier = predictor, wanted, earlier
-        self.refuse, self.threads = refuse, threads
+        self.refuse, self.threads, self.together = refuse, threads, together
         self.already = 0
         self.names: set[str] = set()
         self.failures: deque[dict[str, Any]] = deque()
@@ -259,8 +363,8 @@ class _Run:
     def _groups(self, inputs: Iterator[Decoded]) -> Iterator[list[tuple[Decoded, Picture]]]:
         """As many images as the model is fed at once, or several times as many small ones; large ones alone, failed
         ones not at all."""
-        batch = self.predictor.batch
-        most = batch * max(1, GROUP // batch) if self.predictor.streams > 1 else batch
+        batch = self.together or self.predictor.batch
+        most = batch * max(1, GROUP // batch) if self.predictor.streams > 1 or self.together else batch
         group: list[tuple[Decoded, Picture]] = []
         pixels = 0
         for one in inputs:

@@ -129,7 +129,10 @@ def test_baked_graphs_predict_the_same(project: Project, unet_trt: Command, clea
             assert (predictor(image) == plain.labels).mean() > 0.95
 
 
-def test_an_interrupted_run_leaves_whole_files(project: Project, unet_trt: Command, clean: Path) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_interrupted_run_leaves_whole_files(
+    project: Project, unet_trt: Command, clean: Path, processes: int
+) -> None:
     images, masks = project.root / "images", project.root / "masks"
     images.mkdir()
     for seed in range(4):
@@ -137,6 +140,7 @@ def test_an_interrupted_run_leaves_whole_files(project: Project, unet_trt: Comma
         for copy in range(1, 20):
             (images / f"{seed}{copy}.png").hardlink_to(images / f"{seed}0.png")
     command = [sys.executable, "-m", "pipeline", "predict", str(clean), str(images), "-o", str(masks)]
+    command += ["--processes", str(processes)]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as run:
         journal = masks / "predictions.jsonl"
         while run.poll() is None and not (journal.exists() and journal.read_text().count("\n")):

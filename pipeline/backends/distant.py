@@ -1,0 +1,85 @@
+"""A model that another process of this machine runs: arrays go there and back through memory that both see."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifacts import Profile, TensorSpec
+from pipeline.backends.base import Arrays
+from pipeline.closing import Closing
+
+
+@dataclass(frozen=True)
+class DistantModel:
+    """What is known of the model: as a runner's attributes, and ``multiples`` and ``aligns_corners`` as in
+    ``pipeline.opening.Facts``."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: Mapping[str, Profile]
+    multiples: Mapping[str, int]
+    aligns_corners: bool
+
+
+class SharedMemory(Closing):
+    """Memory without a file name, which grows as it is needed and goes with the last process that has it.
+
+    Args:
+        descriptor: of what another process has made; default: new memory. Closed with this.
+
+    Raises:
+        OSError: the system refuses.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self.descriptor = os.memfd_create("unet-trt") if descriptor is None else descriptor
+        self._map: mmap.mmap | None = None
+
+    def array(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """Its beginning as an array, which lives as long as it is held; one process at a time may ask for more."""
+        count = int(np.prod(shape))
+        size = max(1, count * np.dtype(dtype).itemsize)
+        if self._map is None or len(self._map) < size:
+            if os.fstat(self.descriptor).st_size < size:
+                os.ftruncate(self.descriptor, size)
+            self._map = mmap.mmap(self.descriptor, size)
+        array: NDArray[Any] = np.frombuffer(self._map, dtype, count).reshape(shape)
+        return array
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class DistantRunner(Closing):
+    """Stands for the model where it is not (``pipeline.backends.base.Runner``); results are valid until the next call.
+
+    Args:
+        model: what is known of it.
+        connection: to the process that runs it. Shape and dtype of each batch are sent, and those of the answer come
+            back, or what went wrong.
+        given, taken: memory of batches and answers.
+    """
+
+    def __init__(self, model: DistantModel, connection: Connection, given: SharedMemory, taken: SharedMemory) -> None:
+        self.model, self.inputs, self.outputs, self.profiles = model, model.inputs, model.outputs, model.profiles
+        self._connection, self._given, self._taken = connection, given, taken
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        batch = feeds[self.inputs[0].name]
+        self._given.array(batch.shape, batch.dtype.str)[...] = batch
+        self._connection.send((batch.shape, batch.dtype.str))
+        answer = self._connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return {self.outputs[0].name: self._taken.array(*answer)}
+
+    def close(self) -> None:
+        """Nothing; the model is the other process's."""
