@@ -140,7 +140,7 @@ class _Learner:
     def __init__(self, model: ModelProto, table: CalibrationTable, engine: EngineConfig) -> None:
         import torch
 
-        self.model, self.first = model, table
+        self.first = table
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.input = device, model_inputs(model)[0].name
         scores = _scores(model)

@@ -105,7 +105,7 @@ def calibrate(
     if config.refine_steps:
         from pipeline.refinement import check_refinable
 
-        _held_out(len(samples), *REFINING)
+        teaching = _split(len(samples), *REFINING)
         check_refinable(model, next((array for _, array in images.anew().read([0], "image", may_lack=True)), None))
     trials: list[AlgorithmTrial] = []
     held_out: list[int] = []
@@ -132,8 +132,7 @@ def calibrate(
             return _spread(fleet, collect, images, which, on_gpu=calibrator == "gpu")
 
         if config.algorithm == "auto":
-            held_out = _held_out(len(samples), "algorithm: auto", "name an algorithm")
-            rest = [i for i in range(len(samples)) if i not in held_out]
+            rest, held_out = _split(len(samples), "algorithm: auto", "name an algorithm")
             histograms = gather(images, rest)
             judges = list(images.read(held_out, "held-out images"))
             trials = try_algorithms(model, histograms, [x for _, x in judges], config, engine)
@@ -147,7 +146,7 @@ def calibrate(
     collected = time.perf_counter()
     refinement = None
     if config.refine_steps:
-        table, refinement = _refined(model, table, images, config, engine)
+        table, refinement = _refined(model, table, images, *teaching, config, engine)
         counted = {histogram.tensor: histogram for histogram in histograms}
         ranges = [_with_amax(entry, table.amax[entry.tensor], counted.get(entry.tensor)) for entry in ranges]
     notes = [*_notes(ranges), *images.notes(), *_verdict(trials, len(held_out)), *_outcome(refinement)]
@@ -409,13 +408,18 @@ def _joined(batch: Sequence[Named]) -> Named:
 
 
 def _refined(
-    model: ModelProto, table: CalibrationTable, images: _Images, config: CalibrateConfig, engine: EngineConfig
+    model: ModelProto,
+    table: CalibrationTable,
+    images: _Images,
+    rest: Sequence[int],
+    held_out: Sequence[int],
+    config: CalibrateConfig,
+    engine: EngineConfig,
 ) -> tuple[CalibrationTable, Refinement]:
-    """The table refined on the images, but for those that judge it; each step takes others, in a seeded order."""
+    """The table refined on the rest of the images and judged by those held out; each step takes others, in a seeded
+    order."""
     from pipeline.refinement import refine
 
-    held_out = _held_out(len(images.samples), *REFINING)
-    rest = [place for place in range(len(images.samples)) if place not in held_out]
     generator = np.random.default_rng(config.seed)
     order: list[int] = []
     while len(order) < config.refine_steps * config.refine_batch:
@@ -435,8 +439,8 @@ def _with_amax(entry: TensorRange, amax: float, counted: Histogram | None) -> Te
     return replace(entry, amax=amax, clipped=counted.share_above(amax) if counted else None)
 
 
-def _held_out(count: int, asks: str, instead: str) -> list[int]:
-    """Places of the images that judge what the others chose, spread over all."""
+def _split(count: int, asks: str, instead: str) -> tuple[list[int], list[int]]:
+    """Places of the images that choose, and of those that judge what the others chose, spread over all."""
     places = list(range(HELD_OUT_STEP - 1, count, HELD_OUT_STEP))
     if not places:
         raise CalibrationError(
@@ -445,7 +449,8 @@ def _held_out(count: int, asks: str, instead: str) -> list[int]:
             fix=f"give more images, or {instead}",
         )
     spread = np.linspace(0, len(places) - 1, min(len(places), MOST_HELD_OUT)).round().astype(int)
-    return [places[i] for i in dict.fromkeys(spread.tolist())]
+    held_out = [places[i] for i in dict.fromkeys(spread.tolist())]
+    return [place for place in range(count) if place not in held_out], held_out
 
 
 def _notes(ranges: Sequence[TensorRange]) -> Iterator[str]:

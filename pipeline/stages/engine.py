@@ -118,7 +118,7 @@ def build_engine(
                     "the calibration has refined biases, and engine.source: network-api takes those of the weights",
                     fix="use engine.source: onnx, or calibrate with calibrate.refine_steps 0",
                 )
-            notes.append(f"{len(table.biases)} convolutions have the calibration's refined biases")
+            notes.append(f"{len(chosen & set(table.biases))} convolutions have the calibration's refined biases")
     source = clean
     if route == "explicit":
         source = folder / TYPED
