@@ -26,7 +26,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -164,10 +164,12 @@ def on_folder(model: Path, images: Path, out: Path, streams: int, count: int, re
     return {**facts, "seconds": {job: passes[1:] for job, passes in seconds.items()}}
 
 
-def torch_loop(python: str, images: Path, out: Path, arguments: dict[str, Any], repeats: int) -> dict[str, Any]:
+def torch_loop(
+    python: str, images: Path, out: Path, arguments: dict[str, Any], repeats: int, jobs: Sequence[str]
+) -> dict[str, Any]:
     """What torch_loop.py prints."""
     command = [python, str(Path(__file__).with_name("torch_loop.py")), str(images), str(out)]
-    command += ["--arguments", json.dumps(arguments), "--repeats", str(repeats)]
+    command += ["--arguments", json.dumps(arguments), "--repeats", str(repeats), "--jobs", *jobs]
     variables = {**environment_of(python), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -220,6 +222,9 @@ def main() -> None:
     parser.add_argument("--network", type=json.loads, default=LARGE, help="arguments of models.unet.UNet, as JSON")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3, help="passes over the folder")
+    parser.add_argument(
+        "--jobs", nargs="+", default=[*JOBS, "nothing"], help="of torch_loop.py; its overlays take a minute"
+    )
     parser.add_argument("--processes", type=int, default=THREADS, help="that decode and encode a folder's images")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=5, help="for each number of streams")
@@ -265,7 +270,9 @@ def main() -> None:
     rates = {job: ours["images"] / statistics.median(seconds) for job, seconds in ours["seconds"].items()}
     print("folder: " + ", ".join(f"{job} {rate:.0f} images/s" for job, rate in rates.items()), flush=True)
     if options.torch_python:
-        theirs = torch_loop(options.torch_python, images, folder / "torch", options.network, options.repeats)
+        theirs = torch_loop(
+            options.torch_python, images, folder / "torch", options.network, options.repeats, options.jobs
+        )
         note("torch_loop", theirs)
         for job, seconds in theirs["seconds"].items():
             other = theirs["images"] / statistics.median(seconds)

@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.unet import UNet
 
+JOBS = ("masks", "overlays", "nothing")
+
 SIZE, MEAN, STD = 512, 0.4, 0.15
 COLOURS = np.array([(0, 0, 0), (230, 60, 60), (60, 200, 90), (70, 110, 230)], np.uint8)
 
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, help="what to write of each image")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
@@ -83,10 +86,12 @@ def main() -> None:
     loader = DataLoader(Pictures(paths), options.batch, num_workers=options.workers, pin_memory=device.type == "cuda")
     options.out.mkdir(parents=True, exist_ok=True)
     run(module, loader, paths, options.out, False, device)
-    jobs = {"masks": (options.out, False), "overlays": (options.out, True), "nothing": (None, False)}
     seconds = {
-        name: [round(run(module, loader, paths, *job, device), 4) for _ in range(options.repeats)]
-        for name, job in jobs.items()
+        job: [
+            round(run(module, loader, paths, None if job == "nothing" else options.out, job == "overlays", device), 4)
+            for _ in range(options.repeats)
+        ]
+        for job in options.jobs
     }
     facts = {
         "torch": torch.__version__,
