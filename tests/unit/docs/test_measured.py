@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator
 
 import pytest
@@ -19,11 +20,15 @@ SCALES = (1, 100, 1 / 8)
 UNET = "2026-11-21-h200-performance-2.json"
 CAMVID = "2026-11-21-h200-shared.json"
 CAMVID_FP32 = "2026-11-21-h200-tensorrt-8.6.0.json"
+VIDEO = "2026-11-22-h200-video.json"
+TOGETHER = "2026-11-22-h200-benchmark-camvid.json"
+FLEET = "2026-11-22-h200-fleet.json"
+PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-2.json", "2026-11-22-h200-predict.json"
 
 
 def figures() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Page, figure of a table, and the results that its section names, or else the page."""
-    for name in ("benchmark.md", "performance.md"):
+    for name in ("benchmark.md", "performance.md", "predicting.md"):
         page = (DOCS / name).read_text(encoding="utf-8")
         for section in re.split(r"\n(?=## )", page):
             table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
@@ -39,10 +44,18 @@ def test_every_precise_figure_of_a_table_is_in_the_results_that_it_names(
     assert any(shown(number * scale, figure) == figure for number in found for scale in SCALES)
 
 
-def tables() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    page = (DOCS / "benchmark.md").read_text(encoding="utf-8")
-    unet, camvid = page.partition("**PyTorch, FP32, FP16 and INT8")[2].split("**Latency and mIoU")
-    return table_rows(unet), table_rows(camvid)
+def table_below(text: str, page: str = "benchmark.md") -> list[dict[str, str]]:
+    """The rows of the first table behind a text of a page."""
+    below = (DOCS / page).read_text(encoding="utf-8").partition(text)[2]
+    found = re.search(r"^\|(?:.*\n\|)+.*$", below, re.MULTILINE)
+    assert found, text
+    return table_rows(found[0])
+
+
+def times(numerator: float, denominator: float, like: str) -> bool:
+    """Whether a text says "… N times …" of two figures."""
+    found = re.search(r"([\d.]+) times", like)
+    return found is not None and shown(numerator / denominator, found[1]) == found[1]
 
 
 def test_torch_beside_the_engines() -> None:
@@ -56,7 +69,7 @@ def test_torch_beside_the_engines() -> None:
         "FP16 engine": tries["fp16"]["median_ms"],
         "INT8 engine": tries["int8, shared"]["median_ms"],
     }
-    table = {row.pop(""): tuple(row.values()) for row in tables()[0]}
+    table = {row.pop(""): tuple(row.values()) for row in table_below("**PyTorch, FP32, FP16 and INT8")}
     assert "fp32" not in tries
     assert table.pop("FP32 engine") == ("not measured", "")
     slowest = measured["PyTorch eager, FP32"]
@@ -67,7 +80,8 @@ def test_latency_and_miou() -> None:
     stored_rows = {row["precision"]: row for row in content(CAMVID)["configs"]["camvid"]["rows"]}
     assert "gpu_ms" not in stored_rows["fp32"]
     earlier = {row["precision"]: row["gpu_ms_p50"] for row in content(CAMVID_FP32)["configs"]["camvid"]["rows"]}
-    for row in tables()[1]:
+    table = table_below("**Latency and mIoU")
+    for row in table:
         found = stored_rows[row["engine"].lower()]
         ms = found["gpu_ms"]["median"] if "gpu_ms" in found else earlier[row["engine"].lower()]
         change = found["mean_iou"] - found["fp32_onnxruntime_mean_iou"]
@@ -75,4 +89,68 @@ def test_latency_and_miou() -> None:
         assert float(row["change"]) == pytest.approx(change, abs=0.00005)
         assert row["same class"] == f"{100 * found['agreement']:.2f} %"
     assert f"FP16 took {earlier['fp16']:.3f} ms" in (DOCS / "benchmark.md").read_text(encoding="utf-8")
-    assert [row["engine"].lower() for row in tables()[1]] == list(stored_rows)
+    assert [row["engine"].lower() for row in table] == list(stored_rows)
+
+
+def test_video_and_validation() -> None:
+    measured = {
+        name.upper(): (
+            f"{found['frames_per_second']:.0f}",
+            f"{found['video_frames_per_second_masks']:.0f}",
+            f"{found['video_frames_per_second_overlays']:.0f}",
+            ", ".join(f"{seconds:.2f}" for seconds in found["validation_seconds"]),
+            f"{found['mean_iou']:.4f}",
+        )
+        for name, found in content(VIDEO)["engines"].items()
+    }
+    assert {row.pop("engine"): tuple(row.values()) for row in table_below("**Video and validation")} == measured
+
+
+def test_everything_else_beside_the_engines() -> None:
+    stored = content(TOGETHER)
+    table = table_below("## One run beside everything else")
+    assert len(table) == len(stored["timings"])
+    for row, timing in zip(table, stored["timings"], strict=True):
+        median, name = timing["median_ms"], timing["name"]
+        rates = [each["images_per_second"] for each in stored["throughput"] if each["name"] == name]
+        said, called = (text.lower().replace(",", "").removesuffix(" engine") for text in (row["candidate"], name))
+        assert said == called
+        assert row["end to end, ms"] == f"{timing['end_to_end']['p50_ms']:.3f}"
+        assert row["images/s"] == f"{max(rates):.0f}"
+        assert row["file, MB"] == f"{timing['bytes'] / 1e6:.1f}"
+        if median is None:
+            assert (row["GPU, ms"], row["times the fastest"], row["GPU, MB"]) == ("", "", "")
+            continue
+        ms = f"{median['median']:.3f} ({median['low']:.3f} to {median['high']:.3f})"
+        assert row["GPU, ms"].replace("*", "") == ms
+        assert row["times the fastest"] == f"{timing['ratio']['median']:.2f}"
+        assert row["GPU, MB"] == f"{timing['gpu_bytes'] / 1e6:.0f}"
+
+
+def test_two_gpus() -> None:
+    stored = content(FLEET)
+    one, two = stored["rows"]
+    table = table_below("## Tested", "scale.md")
+    for row, kind in zip(table, ("png", "arrays"), strict=True):
+        first, second = (each[kind]["images_per_second"] for each in (one, two))
+        assert (row["1 GPU, 7 workers"], row["2 GPUs, 14 workers"]) == (f"{first:.0f}", f"{second:.0f}")
+        assert row["times"] == f"{stored['scaling'][kind]:.2f}"
+    assert (one["workers"], two["workers"], stored["equal_masks"]) == (7, 14, True)
+
+
+def test_predicting() -> None:
+    stored, earlier = content(PREDICT), content(PREDICT_EARLIER)
+    median = {job: statistics.median(laps) for job, laps in stored["folder"]["seconds"].items()}
+    single, memory, masks, overlays = (
+        line.strip("|").split(" | ")
+        for line in (DOCS / "predicting.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(("| one image,", "| images from", "| 1000 PNG", "| the same, masks"))
+    )
+    assert single[1] == f"{stored['latency']['predictor']['p50_ms']:.3f} ms"
+    assert f"{stored['latency']['ratio']['median']:.3f} times" in single[2]
+    assert memory[1] == ", ".join(f"{row['images_per_second']:.0f}" for row in stored["busy"]) + " images/s"
+    images, loop = stored["folder"]["images"], statistics.median(stored["torch_loop"]["seconds"]["masks"])
+    assert masks[1] == f"{median['masks']:.2f} s, {images / median['masks']:.0f} images/s"
+    assert times(loop, median["masks"], masks[2])
+    assert overlays[1] == f"{median['overlays']:.2f} s, {images / median['overlays']:.0f} images/s"
+    assert times(earlier["torch_loop"]["seconds"]["overlays"][0], median["overlays"], overlays[2])
