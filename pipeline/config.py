@@ -302,6 +302,11 @@ class EngineConfig(Strict):
         description="INT8 on the explicit route; convolutions: they alone; shared: pools, resizes, pads and "
         "concatenations too, with one range for all that they join",
     )
+    input_bits: Literal[8, 9, 10] = Field(
+        8,
+        description="of the image in INT8, on the explicit route: 9 and 10 quantize it 2 and 4 times with staggered "
+        "steps, for the convolutions that read it",
+    )
 
 
 class Tolerance(Strict):
@@ -490,6 +495,8 @@ class Config(Strict):
             raise ValueError(f"train.class_weights needs {len(self.data.classes)} values, got {len(weights)}")
         if self.engine.route == "implicit" and self.engine.backend in ("tensorrt-rtx", "onnxruntime"):
             raise ValueError(f"route: implicit needs a TensorRT with calibrators, not backend: {self.engine.backend}")
+        if self.engine.route == "implicit" and self.engine.input_bits > 8:
+            raise ValueError("route: implicit takes the image in 8 bits alone, so engine.input_bits needs: explicit")
         if self.engine.source == "network-api":
             self._defines_unet()
         return self
@@ -526,6 +533,8 @@ class Config(Strict):
             raise ValueError("engine.source: network-api has no clean.input or clean.output but float and logits")
         if self.engine.backend == "onnxruntime":
             raise ValueError("engine.source: network-api needs a TensorRT, not backend: onnxruntime")
+        if self.engine.input_bits > 8:
+            raise ValueError("engine.source: network-api takes the image in 8 bits alone, so no engine.input_bits")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -35,6 +35,8 @@ RANGE_RATE, BIAS_RATE = 1e-2, 1e-4
 DECIDING = ("ArgMax", "Cast", "Softmax", "Squeeze")
 SCORES_RANK = 4
 LOGGED_EVERY = 50
+# Contrast and brightness of what teaches: factors, and shares of the whole range of values.
+CONTRAST, BRIGHTNESS, UNCHANGED = (0.8, 1.25), (-0.05, 0.05), 0.5
 # A variance that is none.
 TINY = 1e-12
 
@@ -70,21 +72,25 @@ def refine(
     judges: Sequence[Batch],
     steps: int,
     engine: EngineConfig,
+    seed: int = 0,
 ) -> tuple[CalibrationTable, Refinement]:
     """Learn ranges and biases by gradient descent through the Q/DQ graph, from FP32's scores alone (distillation).
 
     Weights stay as they are; of every quantized convolution the bias is learned, of every group of tensors that share a
     range that range, by its logarithm: a few thousand numbers, which a few dozen images determine. Loss: for scores (N,
     classes, H, W) the Kullback–Leibler divergence of their softmax from FP32's, in nats a pixel; for other outputs the
-    squared error over FP32's variance. Gradients pass rounding straight through (see ``TorchGraph``). Fine-tuning of
-    biases and step sizes after calibration: Hubara et al. 2020, arXiv:2006.10518; Esser et al. 2020, arXiv:1902.08153.
+    squared error over FP32's variance. Half of the images teach with another contrast and brightness: FP32 says what is
+    right of any image, and ranges learned from a few dozen alone cut off what others hold. Gradients pass rounding
+    straight through (see ``TorchGraph``). Fine-tuning of biases and step sizes after calibration: Hubara et al. 2020,
+    arXiv:2006.10518; Esser et al. 2020, arXiv:1902.08153.
 
     Args:
         model: a clean float32 graph with one input.
         batches: one for each step, as the graph takes them.
         judges: batches of other images: what is learned is kept only if their loss is lower with it.
         steps: how many there are.
-        engine: for ``exclude`` and ``qdq``.
+        engine: for ``exclude``, ``qdq`` and ``input_bits``.
+        seed: of the changes of contrast and brightness.
 
     Returns:
         The table with what was learned, or as it was; and what to report.
@@ -96,7 +102,7 @@ def refine(
     import torch
 
     started = time.perf_counter()
-    learner = _Learner(model, table, engine)
+    learner, random = _Learner(model, table, engine), np.random.default_rng(seed)
     with _exact():
         before = learner.judge(judges)
         optimizer = torch.optim.Adam(
@@ -107,7 +113,7 @@ def refine(
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
         for step, batch in enumerate(batches, 1):
-            loss = learner.loss(batch)
+            loss = learner.loss(varied(batch, random))
             if not torch.isfinite(loss):
                 raise CalibrationError(
                     f"refinement's loss is {loss.item()} in step {step}",
@@ -134,6 +140,16 @@ def refine(
     return (learner.table() if kept else table), result
 
 
+def varied(batch: Batch, random: np.random.Generator) -> Batch:
+    """Half of a batch's images, on average, with another contrast and brightness, within the batch's own values."""
+    given = np.asarray(batch, np.float32)
+    low, high, each = given.min(), given.max(), (len(given), *[1] * (given.ndim - 1))
+    middle, brighter = (low + high) / 2, random.uniform(*BRIGHTNESS, each) * (high - low)
+    changed = middle + (given - middle) * random.uniform(*CONTRAST, each) + brighter
+    kept = random.random(each) < UNCHANGED
+    return np.where(kept, given, np.clip(changed, low, high)).astype(np.float32)
+
+
 class _Learner:
     """What is learned, and the two graphs that it is learned from."""
 
@@ -151,7 +167,7 @@ class _Learner:
             if len(node.input) > BIAS and node.input[BIAS] in arrays
         }
         own = with_biases(model, known, engine.exclude)
-        typed = quantize(own, table, half=False, exclude=engine.exclude, qdq=engine.qdq)
+        typed = quantize(own, table, half=False, exclude=engine.exclude, qdq=engine.qdq, input_bits=engine.input_bits)
         self.exact, self.rounded = TorchGraph(model, scores, device), TorchGraph(typed, scores, device)
 
         joined = shared_ranges(model, table, engine.exclude) if engine.qdq == "shared" else table

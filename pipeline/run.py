@@ -623,7 +623,9 @@ class Run:
     def _judged_by(self) -> list[Any]:
         """What ``algorithm: auto`` and refinement depend on beside the calibration's own settings."""
         engine, config = self.config.engine, self.config.calibrate
-        return [engine.exclude, engine.qdq] if config.algorithm == "auto" or config.refine_steps else []
+        return (
+            [engine.exclude, engine.qdq, engine.input_bits] if config.algorithm == "auto" or config.refine_steps else []
+        )
 
     def _input(self, sample: Sample) -> NDArray[np.float32]:
         """One preprocessed image; with ``resize: none`` its size has to be the configured one."""

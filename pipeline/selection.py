@@ -36,7 +36,7 @@ def try_algorithms(
     Args:
         histograms: of the images that choose the ranges.
         inputs: other images, as the graph takes them.
-        engine: for ``exclude`` and ``qdq``.
+        engine: for ``exclude``, ``qdq`` and ``input_bits``.
 
     Raises:
         ModelError: a graph that cannot be quantized or run.
@@ -47,7 +47,8 @@ def try_algorithms(
     for algorithm in ALGORITHMS:
         ranges = choose_ranges(histograms, algorithm, config, 0)
         table = CalibrationTable(algorithm, {entry.tensor: entry.amax for entry in ranges})
-        masks = _masks(quantize(model, table, half=False, exclude=engine.exclude, qdq=engine.qdq), feeds)
+        typed = quantize(model, table, half=False, exclude=engine.exclude, qdq=engine.qdq, input_bits=engine.input_bits)
+        masks = _masks(typed, feeds)
         equal = [float(np.mean(mask == reference)) for mask, reference in zip(masks, wanted, strict=True)]
         trials.append(AlgorithmTrial(algorithm, float(np.mean(equal))))
     return sorted(trials, key=lambda trial: -trial.agreement)

@@ -19,7 +19,7 @@ from pipeline.calibration.table import CalibrationTable
 from pipeline.errors import ModelError
 from pipeline.graph.io import model_inputs, model_outputs
 from pipeline.graph.placement import CHANNEL_AXES, Site, is_site
-from pipeline.graph.quantize import pair_scale, weight_scales
+from pipeline.graph.scales import pair_scale, weight_scales
 from pipeline.unet import UNetWeights
 
 if TYPE_CHECKING:

@@ -24,7 +24,9 @@ from pipeline.graph.placement import (
     shared_ranges,
     sites,
 )
+from pipeline.graph.scales import pair_scale, weight_scales
 from pipeline.graph.shapes import all_names, set_value_info, unique
+from pipeline.graph.staggering import INT8_BITS, stagger
 from pipeline.graph.versions import with_opset
 
 # First opsets with a channel axis, and with FP16 scales.
@@ -39,6 +41,7 @@ def quantize(
     half: bool,
     exclude: Sequence[str] = (),
     qdq: Placement = "convolutions",
+    input_bits: int = INT8_BITS,
 ) -> ModelProto:
     """The graph with explicit INT8 convolutions.
 
@@ -60,6 +63,7 @@ def quantize(
             with float32 scales (opset 13 at least).
         exclude: ``fnmatch`` patterns of node names.
         qdq: ``convolutions``: each of them alone; ``shared``: pools, resizes, pads and concatenations too.
+        input_bits: of the image, for the convolutions that read it (``staggering``).
 
     Raises:
         CalibrationError: the table lacks tensors (named), belongs to another graph, or holds a range beyond FP16's.
@@ -77,6 +81,7 @@ def quantize(
     if half:
         result = to_half(result)
     _Quantizer(result, np.dtype(np.float16 if half else np.float32), table).run(places)
+    stagger(result, input_bits)
     set_value_info(result)
     try:
         onnx.checker.check_model(result, full_check=True)
@@ -120,40 +125,6 @@ def with_biases(
         node.input[BIAS] = unique(f"{node.output[0]}.bias", taken)
         result.graph.initializer.append(numpy_helper.from_array(bias, node.input[BIAS]))
     return result
-
-
-def pair_scale(table: CalibrationTable, tensor: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The scale of one tensor's pair, amax / 127: shape (), of the graph's type.
-
-    Raises:
-        CalibrationError: it is beyond FP16.
-    """
-    scale = _rounded(np.array(table.scale(tensor), np.float32), dtype)
-    if not np.isfinite(scale):
-        raise CalibrationError(
-            f"the range of tensor {tensor}, ±{table.amax[tensor]:.4g}, is beyond FP16",
-            expected="activations that FP16 holds",
-            fix="use --precision fp32 for this network, or exclude its reader with engine.exclude",
-        )
-    return scale
-
-
-def weight_scales(weight: NDArray[Any], axis: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Scales of a weight's pair, one for each index along ``axis``, of the graph's type."""
-    amax = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
-    # A channel without weights quantizes to zeros at any scale, and TensorRT refuses a scale of 0.
-    return _rounded(np.where(amax > 0, amax, 127.0).astype(np.float32) / np.float32(127), dtype)
-
-
-def _rounded(scale: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Scales in the graph's type: never 0, and rounded up where FP16 has few digits left (below 6e-5)."""
-    info = np.finfo(dtype)
-    with np.errstate(over="ignore"):
-        rounded = scale.astype(dtype)
-    up = np.nextafter(rounded, dtype.type(np.inf))
-    rounded = np.where((scale < info.smallest_normal) & (rounded < scale), up, rounded)
-    least = info.smallest_subnormal if dtype == np.float16 else info.smallest_normal
-    return np.asarray(np.maximum(rounded, least), dtype)
 
 
 class _Quantizer:

@@ -340,7 +340,14 @@ def _typed(
     if table is None:
         raise CalibrationError("INT8 needs a calibration table", fix="calibrate first")
     # Without strong typing it is the FP16 flag that lets TensorRT choose the types of what stays unquantized.
-    return quantize(model, table, half=known.strongly_typed, exclude=config.exclude, qdq=config.qdq)
+    return quantize(
+        model,
+        table,
+        half=known.strongly_typed,
+        exclude=config.exclude,
+        qdq=config.qdq,
+        input_bits=config.input_bits,
+    )
 
 
 def _definition(

@@ -195,7 +195,10 @@ class _Judge:
     def __call__(self, half: Nodes, what: str, count: int | None = None) -> Figures:
         if (half, count) not in self.known:
             patterns = (*self.config.engine.exclude, *excluded([name for name in self.names if name in half]))
-            typed = quantize(self.model, self.table, half=False, exclude=patterns, qdq=self.config.engine.qdq)
+            engine = self.config.engine
+            typed = quantize(
+                self.model, self.table, half=False, exclude=patterns, qdq=engine.qdq, input_bits=engine.input_bits
+            )
             self.known[half, count] = figures = self.held_out.figures(typed, what, count)
             log.info("%s: %.4f %% same class", what, 100 * figures.agreement)
         return self.known[half, count]
