@@ -1,10 +1,13 @@
 """What Predictor costs beside its engine, and gains over a PyTorch loop.
 
-    python benchmarks/predict.py CLEAN.onnx FOLDER -o RESULT.json [--precision int8] [--torch-python python3]
+    python benchmarks/predict.py CLEAN.onnx FOLDER -o RESULT.json [--folder-clean CLEAN8.onnx] [--precision int8]
+        [--torch-python python3]
 
 CLEAN.onnx is the cleaned float32 graph of a UNet that takes grey 512×512 images (``benchmarks/cleaning.py export FOLDER
 --networks unet``, then ``unet-trt clean``); an engine from uint8 images to uint8 labels is built of it in FOLDER, which
-also gets the images. Measured are:
+also gets the images. CLEAN8.onnx is the same network with a fixed batch of 8, which the PyTorch loop has too
+(``benchmarks/performance.py export`` writes both as ``raw.onnx`` and ``raw-8.onnx``, to be cleaned); the folder is then
+predicted with an engine of it, built in FOLDER/folder. Measured are:
 
 latency  from a decoded uint8 image to its uint8 mask, one by one, in turns with the engine's own GPU time
 folder   PNG files of 480×360 to masks as PNG files, without overlays and with them, and the same jobs by torch_loop.py
@@ -70,6 +73,7 @@ def prepare(clean: Path, folder: Path, precision: str, backend: str) -> Path:
     classes = load_config(REPOSITORY / "configs" / "cells.yaml").data.classes
     card = ModelCard("unet", SPEC, tuple(classes))
     baked, target = folder / "baked.onnx", folder / precision
+    folder.mkdir(parents=True, exist_ok=True)
     if not baked.exists():
         model = bake(load_model(clean), card, input="image", output="labels")
         write_card(model, card)
@@ -160,7 +164,7 @@ def on_folder(model: Path, images: Path, out: Path, streams: int, count: int, re
                     predictor, predictor.sha256, [images], Wanted(out, overlays=job == "overlays"), None, processes
                 )
                 seconds.setdefault(job, []).append(round(time.perf_counter() - start, 4))
-    facts = {"images": outcome.done, "streams": predictor.streams, "processes": count}
+    facts = {"images": outcome.done, "batch": predictor.batch, "streams": predictor.streams, "processes": count}
     return {**facts, "seconds": {job: passes[1:] for job, passes in seconds.items()}}
 
 
@@ -216,6 +220,7 @@ def main() -> None:
     parser.add_argument("clean", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--folder-clean", type=Path, help="of another fixed batch, for the folder; default: CLEAN")
     parser.add_argument("--precision", choices=("int8", "fp16", "fp32"), default="int8")
     parser.add_argument("--backend", choices=("tensorrt", "onnxruntime"), default="tensorrt")
     parser.add_argument("--torch-python", help="an interpreter with torch; without it its loop is not measured")
@@ -232,7 +237,6 @@ def main() -> None:
     parser.add_argument("--date", help="of the measurement, where the machine's clock is wrong")
     options = parser.parse_args()
     folder, is_engine = options.folder.resolve(), options.backend == "tensorrt"
-    folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     result: dict[str, Any] = {"date": options.date or now, "python": platform.python_version()}
     result |= {"cores": os.cpu_count(), "backend": options.backend}
@@ -248,6 +252,8 @@ def main() -> None:
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     model = prepare(options.clean, folder, options.precision, options.backend)
+    other = options.folder_clean
+    for_folder = prepare(other, folder / "folder", options.precision, options.backend) if other else model
     single = latency(model, options.rounds, 200 if is_engine else 3)
     note("latency", single)
     print(
@@ -265,10 +271,13 @@ def main() -> None:
             flush=True,
         )
     images = pictures(folder / f"png-{options.images}", options.images)
-    ours = on_folder(model, images, folder / "masks", max(options.streams), options.processes, options.repeats)
+    ours = on_folder(for_folder, images, folder / "masks", max(options.streams), options.processes, options.repeats)
     note("folder", ours)
     rates = {job: ours["images"] / statistics.median(seconds) for job, seconds in ours["seconds"].items()}
-    print("folder: " + ", ".join(f"{job} {rate:.0f} images/s" for job, rate in rates.items()), flush=True)
+    print(
+        f"folder, batch {ours['batch']}: " + ", ".join(f"{job} {rate:.0f} images/s" for job, rate in rates.items()),
+        flush=True,
+    )
     if options.torch_python:
         theirs = torch_loop(
             options.torch_python, images, folder / "torch", options.network, options.repeats, options.jobs

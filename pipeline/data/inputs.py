@@ -67,13 +67,27 @@ def find_files(given: Sequence[str | Path], apart: Path) -> list[Path]:
     Raises:
         DataError: nothing is there, or a folder, glob or sequence has no image and no video.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for one in given:
-        for path in _files_of(Path(one), apart):
-            found.setdefault(path.resolve(), path)
+        files = _files_of(Path(one), apart)
+        for real, path in zip(real_paths(files), files, strict=True):
+            found.setdefault(real, path)
     if not found:
         raise DataError("there is no image to predict", expected="images or videos, or folders of them")
     return list(found.values())
+
+
+def real_paths(files: Iterable[Path]) -> Iterator[str]:
+    """Each as ``os.path.realpath`` gives it. Folders, which files share, are resolved once: that takes longest."""
+    folders: dict[str, str] = {}
+    for path in files:
+        if path.is_symlink():
+            yield os.path.realpath(path)
+            continue
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = _real_folder(folder)
+        yield folders[folder] + name
 
 
 def inputs_of(paths: Iterable[Path], channels: str) -> Iterator[Input]:
@@ -149,18 +163,19 @@ def _files_of(given: Path, apart: Path) -> list[Path]:
         files, what = list(Path(given.anchor).glob(str(given.relative_to(given.anchor)))), "glob"
     else:
         raise DataError(f"the image {given} does not exist{did_you_mean(given)}", fix="check the path")
-    inside = apart.resolve()
-    files = sorted(
-        path
-        for path in files
-        if path.suffix.lower() in endings
-        and not path.name.startswith(".")
-        and not path.is_dir()
-        and not (path.resolve().is_relative_to(inside) and given.resolve() != inside)
-    )
+    files = [path for path in files if path.suffix.lower() in endings and not path.name.startswith(".")]
+    files = sorted(path for path in files if not path.is_dir())
+    inside = _real_folder(apart)
+    if _real_folder(given) != inside:
+        files = [path for real, path in zip(real_paths(files), files, strict=True) if not real.startswith(inside)]
     if not files:
         raise DataError(f"the {what} {given} holds no image", expected=f"files ending in {', '.join(endings)}")
     return files
+
+
+def _real_folder(folder: str | Path) -> str:
+    """With a slash at its end."""
+    return os.path.realpath(folder).rstrip("/") + "/"
 
 
 def _pages(path: Path, channels: str) -> Iterator[Input]:

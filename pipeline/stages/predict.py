@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.artifacts import ModelCard, process_name, write_atomically
 from pipeline.backends.ahead import Ahead
 from pipeline.backends.processes import Desk, Processes
-from pipeline.data.inputs import THREADS, Decoded, Input, decoded, extent, find_files, inputs_of
+from pipeline.data.inputs import THREADS, Decoded, Input, decoded, extent, find_files, inputs_of, real_paths
 from pipeline.data.pictures import mask_png, overlay_png, palette, probability_png
 from pipeline.data.pixels import Picture
 from pipeline.data.preprocessing import Pixels
@@ -499,13 +499,13 @@ def _refuse_collisions(paths: Sequence[Path], wanted: Wanted) -> None:
     if twice:
         raise _named_twice(min(twice))
     targets = [wanted.folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
-    given = {path.resolve() for path in paths}
-    if any(target.resolve() in given for target in targets):
+    taken = [target for target in targets if os.path.lexists(target)]
+    if taken and not set(real_paths(paths)).isdisjoint(real_paths(taken)):
         raise BuildFolderError(
             f"masks in {wanted.folder} would replace the images themselves", fix="choose another -o folder"
         )
     if not wanted.overwrite and not (wanted.resume and (wanted.folder / NAME).exists()):
-        _refuse_taken([*targets, wanted.folder / NAME])
+        _refuse_taken([*taken, wanted.folder / NAME])
 
 
 def _named_twice(name: str) -> DataError:
