@@ -166,7 +166,7 @@ def _files_of(given: Path, apart: Path) -> list[Path]:
     files = [path for path in files if path.suffix.lower() in endings and not path.name.startswith(".")]
     files = sorted(path for path in files if not path.is_dir())
     inside = _real_folder(apart)
-    if _real_folder(given) != inside:
+    if apart.exists() and _real_folder(given) != inside:
         files = [path for real, path in zip(real_paths(files), files, strict=True) if not real.startswith(inside)]
     if not files:
         raise DataError(f"the {what} {given} holds no image", expected=f"files ending in {', '.join(endings)}")

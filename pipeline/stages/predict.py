@@ -498,6 +498,8 @@ def _refuse_collisions(paths: Sequence[Path], wanted: Wanted) -> None:
     twice = [stem for stem, count in stems.items() if count > 1]
     if twice:
         raise _named_twice(min(twice))
+    if not wanted.folder.exists():
+        return
     targets = [wanted.folder / f"{stem}{ending}" for stem in stems for ending in ENDINGS]
     taken = [target for target in targets if os.path.lexists(target)]
     if taken and not set(real_paths(paths)).isdisjoint(real_paths(taken)):

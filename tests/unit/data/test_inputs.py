@@ -49,6 +49,17 @@ def test_folders_globs_sequences_and_files(folder: Path) -> None:
     ]
 
 
+def test_links_are_the_files_that_they_lead_to(folder: Path) -> None:
+    """Files that are linked to, and files of a folder that is, come once; masks do not come by another name."""
+    (folder / "c.png").symlink_to("b.png")
+    (folder / "d.png").symlink_to(folder / "masks" / "b.png")
+    other = folder.with_name(f"{folder.name}-linked")
+    other.symlink_to(folder)
+    apart = other / "masks"
+    assert names(find_files([folder, other], apart)) == ["a_01.jpg", "a_02.jpg", "b.png", "s.tif"]
+    assert names(find_files([apart], folder / "masks")) == ["b.png"]
+
+
 @pytest.mark.parametrize("name", ["none.png", "*.webp", "c_%d.png", "empty"])
 def test_nothing_found(folder: Path, name: str) -> None:
     (folder / "empty").mkdir()

@@ -38,6 +38,16 @@ def run(network: Threshold, folder: Path, **wanted: Any) -> Outcome:
         return predict(predictor, "m", [folder / "in"], Wanted(folder / "out", **wanted))
 
 
+@pytest.mark.usefixtures("images")
+def test_images_are_not_replaced_by_their_masks(tmp_path: Path) -> None:
+    """By whatever name the folder goes, and whatever is overwritten."""
+    (tmp_path / "out").symlink_to("in")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    with pytest.raises(BuildFolderError, match="would replace the images themselves"):
+        run(Threshold(8, 8), tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
 def names(folder: Path) -> list[str]:
     lines = (folder / "out" / "predictions.jsonl").read_text().splitlines()
     return [json.loads(line)["name"] for line in lines]
