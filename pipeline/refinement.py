@@ -35,8 +35,6 @@ RANGE_RATE, BIAS_RATE = 1e-2, 1e-4
 DECIDING = ("ArgMax", "Cast", "Softmax", "Squeeze")
 SCORES_RANK = 4
 LOGGED_EVERY = 50
-# Contrast and brightness of what teaches: factors, and shares of the whole range of values.
-CONTRAST, BRIGHTNESS, UNCHANGED = (0.8, 1.25), (-0.05, 0.05), 0.5
 # A variance that is none.
 TINY = 1e-12
 
@@ -72,17 +70,14 @@ def refine(
     judges: Sequence[Batch],
     steps: int,
     engine: EngineConfig,
-    seed: int = 0,
 ) -> tuple[CalibrationTable, Refinement]:
     """Learn ranges and biases by gradient descent through the Q/DQ graph, from FP32's scores alone (distillation).
 
     Weights stay as they are; of every quantized convolution the bias is learned, of every group of tensors that share a
     range that range, by its logarithm: a few thousand numbers, which a few dozen images determine. Loss: for scores (N,
     classes, H, W) the Kullback–Leibler divergence of their softmax from FP32's, in nats a pixel; for other outputs the
-    squared error over FP32's variance. Half of the images teach with another contrast and brightness: FP32 says what is
-    right of any image, and ranges learned from a few dozen alone cut off what others hold. Gradients pass rounding
-    straight through (see ``TorchGraph``). Fine-tuning of biases and step sizes after calibration: Hubara et al. 2020,
-    arXiv:2006.10518; Esser et al. 2020, arXiv:1902.08153.
+    squared error over FP32's variance. Gradients pass rounding straight through (see ``TorchGraph``). Fine-tuning of
+    biases and step sizes after calibration: Hubara et al. 2020, arXiv:2006.10518; Esser et al. 2020, arXiv:1902.08153.
 
     Args:
         model: a clean float32 graph with one input.
@@ -90,7 +85,6 @@ def refine(
         judges: batches of other images: what is learned is kept only if their loss is lower with it.
         steps: how many there are.
         engine: for ``exclude``, ``qdq`` and ``input_bits``.
-        seed: of the changes of contrast and brightness.
 
     Returns:
         The table with what was learned, or as it was; and what to report.
@@ -102,7 +96,7 @@ def refine(
     import torch
 
     started = time.perf_counter()
-    learner, random = _Learner(model, table, engine), np.random.default_rng(seed)
+    learner = _Learner(model, table, engine)
     with _exact():
         before = learner.judge(judges)
         optimizer = torch.optim.Adam(
@@ -113,7 +107,7 @@ def refine(
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
         for step, batch in enumerate(batches, 1):
-            loss = learner.loss(varied(batch, random))
+            loss = learner.loss(batch)
             if not torch.isfinite(loss):
                 raise CalibrationError(
                     f"refinement's loss is {loss.item()} in step {step}",
@@ -140,16 +134,6 @@ def refine(
     return (learner.table() if kept else table), result
 
 
-def varied(batch: Batch, random: np.random.Generator) -> Batch:
-    """Half of a batch's images, on average, with another contrast and brightness, within the batch's own values."""
-    given = np.asarray(batch, np.float32)
-    low, high, each = given.min(), given.max(), (len(given), *[1] * (given.ndim - 1))
-    middle, brighter = (low + high) / 2, random.uniform(*BRIGHTNESS, each) * (high - low)
-    changed = middle + (given - middle) * random.uniform(*CONTRAST, each) + brighter
-    kept = random.random(each) < UNCHANGED
-    return np.where(kept, given, np.clip(changed, low, high)).astype(np.float32)
-
-
 class _Learner:
     """What is learned, and the two graphs that it is learned from."""
 
@@ -171,7 +155,7 @@ class _Learner:
         self.exact, self.rounded = TorchGraph(model, scores, device), TorchGraph(typed, scores, device)
 
         joined = shared_ranges(model, table, engine.exclude) if engine.qdq == "shared" else table
-        # Tensors of one range keep one: a group is known by the range it has.
+        # Tensors of one range keep one: a group is known by the range it has. An image of more than 8 bits keeps its.
         self.group = {t: joined.amax[t] for t in quantizable_tensors(model, engine.exclude, engine.qdq)}
         self.logarithms = {
             amax: torch.tensor(math.log(amax), device=device, requires_grad=True)

@@ -125,7 +125,7 @@ def predict(
         typer.Option(
             min=0,
             help="That decode and encode; 0: threads alone.",
-            show_default="one a core, up to 16, with an engine and 64 images or more",
+            show_default="one a core, up to 16, with an engine and 1000 images or more",
         ),
     ] = None,
     distributed: DistributedOption = False,

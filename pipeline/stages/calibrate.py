@@ -427,7 +427,7 @@ def _refined(
     judges = [array for _, array in images.anew().read(held_out, "held-out images")]
     stream = images.anew().read(order[: config.refine_steps * config.refine_batch], "refining")
     batches = (np.concatenate(group) for group in _groups((array for _, array in stream), config.refine_batch))
-    return refine(model, table, batches, judges, config.refine_steps, engine, config.seed)
+    return refine(model, table, batches, judges, config.refine_steps, engine)
 
 
 def _groups(arrays: Iterator[NDArray[Any]], size: int) -> Iterator[list[NDArray[Any]]]:

@@ -50,9 +50,9 @@ PORTION = 64
 GROUP, GROUP_PIXELS = 8, 1 << 21
 # Threads of a process that has a core of its own: one decodes or encodes while another waits for a disk.
 WORKER_THREADS = 2
-# Images from which on processes are worth their start, and pixels of the largest: threads are kept busy by larger ones,
-# of which each process would hold several.
-FEWEST_FOR_PROCESSES, LARGEST_FOR_PROCESSES = 64, 1 << 22
+# Images from which on processes are worth their start (on 16 cores beside an H200), and pixels of the largest: threads
+# are kept busy by larger ones, of which each process would hold several.
+FEWEST_FOR_PROCESSES, LARGEST_FOR_PROCESSES = 1000, 1 << 22
 # Of the journal.
 Lines = Generator[dict[str, Any], None, None]
 # Writes the files of an image, and gives its line.

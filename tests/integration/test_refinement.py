@@ -25,7 +25,7 @@ from pipeline.errors import CalibrationError, ConfigError, UnsupportedError
 from pipeline.graph.io import load_model
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
 from pipeline.graph.quantize import quantize
-from pipeline.refinement import refine, varied
+from pipeline.refinement import refine
 from pipeline.run import Run
 from pipeline.stages.calibrate import calibrate
 from pipeline.stages.engine import build_engine
@@ -33,7 +33,7 @@ from pipeline.stages.engine import build_engine
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
-STEPS, IMAGES, SIZE = 24, 8, 128
+STEPS, IMAGES, SIZE = 12, 8, 128
 ROOT = Path(__file__).parents[2]
 CONFIG = CalibrateConfig(calibrator="cpu", refine_steps=STEPS, refine_batch=2)
 SPEC = load_config(ROOT / "configs" / "cells.yaml").preprocessing.model_copy(update={"height": SIZE, "width": SIZE})
@@ -114,20 +114,6 @@ def test_finer_steps_of_the_image_come_nearer_too(clean: Path, plain: Calibratio
         for bits in (8, 10)
     ]
     assert found[1] < 0.95 * found[0]
-
-
-def test_contrast_and_brightness_change_within_the_values_that_there_are() -> None:
-    batch = np.random.default_rng(1).uniform(-2, 3, (64, 3, 8, 8)).astype(np.float32)
-    changed = varied(batch, np.random.default_rng(0))
-    assert changed.dtype == np.float32
-    assert changed.min() >= batch.min()
-    assert changed.max() <= batch.max()
-    same = (changed == batch).all((1, 2, 3))
-    assert 16 < same.sum() < 48
-    assert np.array_equal(changed, varied(batch, np.random.default_rng(0)))
-    # An image from a graph that takes uint8.
-    whole = varied(np.full((2, 4, 4, 3), 200, np.uint8), np.random.default_rng(0))
-    assert np.array_equal(whole, np.full((2, 4, 4, 3), 200, np.float32))
 
 
 def test_what_was_learned_reaches_the_graph_and_what_is_excluded_keeps_its_bias(
