@@ -38,14 +38,16 @@ def stagger(model: ModelProto, input_bits: int) -> None:
     copies = 1 << (input_bits - INT8_BITS)
     if copies == 1:
         return
-    stagger = _Stagger(model, copies)
-    worked: set[str] = set()
+    work = _Stagger(model, copies)
+    worked_on: set[str] = set()
     for node in list(model.graph.node):
-        if is_convolution(node) and node.input[0] not in worked and stagger.fits(node):
-            stagger.widen(node)
-        if is_convolution(node) or worked.intersection(node.input):
-            worked.update(node.output)
-    stagger.finish()
+        if is_convolution(node):
+            if node.input[0] not in worked_on:
+                work.widen(node)
+            worked_on.update(node.output)
+        elif worked_on.intersection(node.input):
+            worked_on.update(node.output)
+    work.finish()
 
 
 class _Stagger:
@@ -57,49 +59,32 @@ class _Stagger:
         # What goes before a node, by the first tensor that it gives.
         self.before: dict[str, list[NodeProto]] = {}
 
-    def fits(self, node: NodeProto) -> bool:
-        pairs = [self.pair(name) for name in node.input[:2]]
-        if node.op_type != "Conv" or not all(pairs):
-            return False
-        source = self.producers.get(pairs[0][0].input[0])  # type: ignore[index]
-        weight = self.tensors.get(pairs[1][0].input[0])  # type: ignore[index]
+    def widen(self, node: NodeProto) -> None:
+        """Let a convolution read the copies, with n-ths of its weights for each; where it can."""
+        image, weights = self.pair(node.input[0]), self.pair(node.input[1])
         groups = [attribute.i for attribute in node.attribute if attribute.name == "group"]
-        return (
-            (source is None or source.op_type not in PASSING)
-            and weight is not None
-            and groups in ([], [1])
-            and weight.dims[1] * self.copies <= KERNEL_CHANNELS
-        )
+        if node.op_type != "Conv" or image is None or weights is None or groups not in ([], [1]):
+            return
+        name, scale_name, zero_name = weights[0].input
+        source = self.producers.get(image[0].input[0])
+        weight, scale = (numpy_helper.to_array(self.tensors[one]) for one in (name, scale_name))
+        if weight.shape[1] * self.copies > KERNEL_CHANNELS or (source is not None and source.op_type in PASSING):
+            return
+        fresh: list[NodeProto] = []
+        if node.input[0] not in self.pairs:
+            self.pairs[node.input[0]] = self.copy(*image, fresh)
+        node.input[0] = self.pairs[node.input[0]]
+        kernel = (np.concatenate([weight] * self.copies, axis=1) / self.copies).astype(weight.dtype)
+        scale = weight_scales(kernel.astype(np.float32), 0, scale.dtype)
+        inputs = [self.keep(kernel, f"{name}.copies"), self.keep(scale, f"{scale_name}.copies"), zero_name]
+        node.input[1] = self.pair_like(*weights, inputs, fresh)
+        self.before[node.output[0]] = fresh
 
     def pair(self, name: str) -> tuple[NodeProto, NodeProto] | None:
         """QuantizeLinear and DequantizeLinear that give a tensor."""
         back = self.producers.get(name)
         there = self.producers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
         return None if back is None or there is None else (there, back)
-
-    def widen(self, node: NodeProto) -> None:
-        """Let a convolution read the copies, with n-ths of its weights for each."""
-        image, weights = (self.pair(name) for name in node.input[:2])
-        assert image is not None
-        assert weights is not None
-        fresh: list[NodeProto] = []
-        if node.input[0] not in self.pairs:
-            self.pairs[node.input[0]] = self.copy(*image, fresh)
-        node.input[0] = self.pairs[node.input[0]]
-
-        tensor = self.tensors[weights[0].input[0]]
-        kernel = np.concatenate([numpy_helper.to_array(tensor)] * self.copies, axis=1) / self.copies
-        kernel = kernel.astype(numpy_helper.to_array(tensor).dtype)
-        scale = weight_scales(
-            kernel.astype(np.float32), 0, numpy_helper.to_array(self.tensors[weights[0].input[1]]).dtype
-        )
-        inputs = [
-            self.keep(kernel, f"{tensor.name}.copies"),
-            self.keep(scale, f"{weights[0].input[1]}.copies"),
-            weights[0].input[2],
-        ]
-        node.input[1] = self.requantized(*weights, inputs, fresh)
-        self.before[node.output[0]] = fresh
 
     def copy(self, there: NodeProto, back: NodeProto, fresh: list[NodeProto]) -> str:
         """The copies as one tensor along the channels, through a pair of the image's own scale."""
@@ -112,9 +97,9 @@ class _Stagger:
             fresh.append(onnx.helper.make_node("Add", [image, name], [shifted[-1]], name=shifted[-1]))
         whole = unique(f"{image}.copies", self.taken)
         fresh.append(onnx.helper.make_node("Concat", shifted, [whole], name=whole, axis=1))
-        return self.requantized(there, back, [whole, *there.input[1:]], fresh)
+        return self.pair_like(there, back, [whole, *there.input[1:]], fresh)
 
-    def requantized(self, there: NodeProto, back: NodeProto, inputs: list[str], fresh: list[NodeProto]) -> str:
+    def pair_like(self, there: NodeProto, back: NodeProto, inputs: list[str], fresh: list[NodeProto]) -> str:
         """What a pair like another gives for other inputs."""
         for node, given in ((there, inputs), (back, [None, *inputs[1:]])):
             made = NodeProto()
