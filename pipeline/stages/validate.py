@@ -6,7 +6,9 @@ import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from pipeline.artifacts import ModelCard, TensorSpec, to_json
 from pipeline.backends.base import Runner, feed_image
 from pipeline.config import Tolerance, ValidateConfig
 from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.inputs import THREADS
 from pipeline.data.pictures import mask_png, overlay_png, palette
 from pipeline.data.preprocessing import Pixels
 from pipeline.errors import DataError, ModelError
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REFERENCE = "onnxruntime-fp32"
+# Of outputs that wait to be compared.
+WAITING_BYTES = 1 << 28
 
 DATA_LOADER = '''"""The preprocessed images of this comparison, for `polygraphy run --data-loader-script`."""
 
@@ -175,7 +180,12 @@ class _Comparison:
         self.source, self.dataset, self.card, self.config = candidate.inputs[0], dataset, card, config
         kind, has_masks = output_kind(reference.outputs[0]), card.task == "segmentation"
         self.judge = Judge(card, config, what.precision, kind) if has_masks else TensorJudge(config, what.precision)
-        self.compare = None if has_masks and kind == "labels" else _comparison(self.judge.tolerance)
+        self.compare = None
+        if not has_masks or kind != "labels":
+            t = self.judge.tolerance
+            self.compare = CompareFunc.simple(
+                check_error_stat=t.statistic, rtol=t.rtol, atol=t.atol, error_quantile=t.quantile
+            )
         ours = _Adapter(candidate, f"{what.ran.replace(' ', '-')}-{what.precision}")
         self.runners = [ours, _Adapter(reference, REFERENCE)]
 
@@ -183,15 +193,20 @@ class _Comparison:
         return _Comparison, self._given
 
     def __call__(self, places: Sequence[int], again: bool = False) -> list[_Compared]:
-        return [self._one(place) for place in places]
-
-    def _one(self, place: int) -> _Compared:
-        sample, config = self.dataset[place], self.config
-        feed = feed_image(self.source, sample.image, self.card.preprocessing, f"the image {sample.name}")
         with _polygraphy():
-            results = Comparator.run(self.runners, data_loader=[feed])
+            return [self.compared(place, *self.run(place)) for place in places]
+
+    def run(self, place: int) -> tuple[Sample, dict[str, Any], RunResults]:
+        """An image, what is fed of it, and what both sides give, which is theirs no longer."""
+        sample = self.dataset[place]
+        feed = feed_image(self.source, sample.image, self.card.preprocessing, f"the image {sample.name}")
+        return sample, feed, Comparator.run(self.runners, data_loader=[feed])
+
+    def compared(self, place: int, sample: Sample, feed: dict[str, Any], results: RunResults) -> _Compared:
+        """What comes of it; may be called on several threads."""
+        config = self.config
         ours, theirs = (dict(iterations[0].items()) for _, iterations in results.items())
-        within = self.compare(results) if self.compare else None
+        within = bool(Comparator.compare_accuracy(results, compare_func=self.compare)) if self.compare else None
         measured, mask = self.judge.measure(sample, ours, theirs, within)
         return _Compared(
             measured,
@@ -205,27 +220,33 @@ def _compared(comparison: _Comparison, what: str, fleet: Fleet | None) -> Iterat
     """The dataset's images, in order."""
     places = range(len(comparison.dataset))
     if fleet is None:
-        for place in track(places, what, len(places)):
-            yield from comparison([place])
+        with _polygraphy():
+            yield from _overlapped(comparison, track(places, what, len(places)))
     else:
         for part in fleet.in_order(comparison, places, what, lambda place: comparison.dataset.names[place]):
             yield from part
 
 
+def _overlapped(comparison: _Comparison, places: Iterable[int]) -> Iterator[_Compared]:
+    """Images run one after the other, while those before are compared on threads."""
+    waiting: deque[Future[_Compared]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for place in places:
+                sample, feed, results = comparison.run(place)
+                waiting.append(pool.submit(comparison.compared, place, sample, feed, results))
+                size = sum(array.nbytes for _, (outputs,) in results.items() for array in outputs.values())
+                while len(waiting) > min(THREADS, WAITING_BYTES // max(size, 1)):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 def _forms(specs: Sequence[TensorSpec]) -> list[tuple[str, str, int]]:
     return [(spec.name, spec.dtype, len(spec.shape)) for spec in specs]
-
-
-def _comparison(tolerance: Tolerance) -> Callable[[RunResults], bool]:
-    """Whether Polygraphy finds every output of one image within the tolerance."""
-    t = tolerance
-    compare = CompareFunc.simple(check_error_stat=t.statistic, rtol=t.rtol, atol=t.atol, error_quantile=t.quantile)
-
-    def within(results: RunResults) -> bool:
-        with _polygraphy():
-            return bool(Comparator.compare_accuracy(results, compare_func=compare))
-
-    return within
 
 
 def _draw(sample: Sample, mask: Pixels, card: ModelCard, folder: Path) -> list[str]:

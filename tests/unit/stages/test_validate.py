@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from pipeline.artifacts import ModelCard, TensorSpec, from_json
 from pipeline.config import ClassConfig, PreprocessingConfig, Tolerance, ValidateConfig
 from pipeline.data.dataset import Dataset, Sample
 from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.judging import Judge
 from pipeline.reports import Candidate, Interval, Offender, ValidationReport
+from pipeline.stages import validate as stage
 from pipeline.stages.validate import validate
 
 CLASSES = tuple(ClassConfig(name=name, colour=(9, 9, 9)) for name in ("ground", "thing", "rare"))
@@ -79,6 +84,41 @@ def test_equal_outputs_pass_and_absent_classes_have_no_iou(tmp_path: Path) -> No
     assert report.scores.class_iou == {"ground": 1.0, "thing": 1.0, "rare": None}
     assert report.scores.mean_iou == 1.0
     assert (tmp_path / "masks" / "image 0.png").is_file()
+
+
+def test_images_that_take_longer_to_compare_count_in_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, lock, here = Judge.measure, threading.Lock(), 0
+
+    def slow(self: Judge, sample: Sample, *given: Any) -> Any:
+        nonlocal here
+        with lock:
+            here += 1
+            most[-1] = max(most[-1], here)
+        time.sleep(0.05 * (int(sample.name.split()[1]) % 4 == 0))
+        try:
+            return measured(self, sample, *given)
+        finally:
+            with lock:
+                here -= 1
+
+    monkeypatch.setattr(Judge, "measure", slow)
+    monkeypatch.setattr(stage, "THREADS", 4)
+    reports, most = [], []
+    for waiting in (stage.WAITING_BYTES, 0):
+        monkeypatch.setattr(stage, "WAITING_BYTES", waiting)
+        folder = tmp_path / str(waiting)
+        folder.mkdir()
+        most.append(0)
+        reports.append(replace(judge(Constant(logits_of(WORSE)), dataset(*[MASK, WORSE, RARE] * 4), folder), seconds=0))
+    assert reports[0] == reports[1]
+    assert most[0] > most[1] == 1
+
+
+def test_an_image_that_cannot_be_compared_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the label map of image 2 has another size"):
+        judge(Constant(logits_of(MASK)), dataset(MASK, MASK, MASK[:2], MASK, MASK), tmp_path)
 
 
 def test_void_is_not_counted(tmp_path: Path) -> None:
