@@ -3,6 +3,7 @@
 Runs on CPython 3.10 with TensorRT 8.6 and without torch, as well as on newer ones.
 """
 
+import contextlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +22,7 @@ from pipeline.errors import DataError, EngineError, ModelError
 from pipeline.graph.deployment import bake
 from pipeline.predictor import Predictor
 from pipeline.stages.engine import build_engine
-from pipeline.stages.predict import Wanted, predict
+from pipeline.stages.predict import Wanted, helpers_for, predict
 from tests.tiny_unet import CLASSES, SIZE, save, tiny_unet
 
 KNOWN = TensorrtBuilder().capabilities()
@@ -236,13 +237,15 @@ def test_after_running_out_of_memory_the_predictor_goes_on(engines):
             np.testing.assert_array_equal(predictor(image), before)
 
 
-def test_a_folder(engines, tmp_path):
+@pytest.mark.parametrize("count", [0, 4], ids=["threads", "processes"])
+def test_a_folder(engines, tmp_path, count):
     images = drawn(40)
     (tmp_path / "in").mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / "in" / f"{number:02}.png")
-    with Predictor(engines["labels"]) as predictor:
-        outcome = predict(predictor, "m", [tmp_path / "in"], Wanted(tmp_path / "out"))
+    helpers = helpers_for([tmp_path / "in"], tmp_path / "out", count)
+    with helpers or contextlib.nullcontext(), Predictor(engines["labels"]) as predictor:
+        outcome = predict(predictor, "m", [tmp_path / "in"], Wanted(tmp_path / "out"), None, helpers)
     assert (outcome.done, outcome.failed) == (40, 0)
     for number, want in enumerate(plain(engines["labels"], images)):
         with Image.open(tmp_path / "out" / f"{number:02}.png") as mask:

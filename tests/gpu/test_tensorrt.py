@@ -137,6 +137,18 @@ def test_an_explicit_engine_agrees_with_its_typed_graph(engine):
         assert error(runner(feeds)["logits"], reference(typed, feeds)) < 0.1
 
 
+@pytest.mark.parametrize("bits", [9, 10])
+def test_an_engine_with_finer_steps_of_the_image_agrees_with_its_typed_graph(folder, table, bits):
+    target = folder / f"bits-{bits}"
+    changed = settings("explicit", input_bits=bits)
+    build_engine(folder / "clean.onnx", "int8", changed, table, None, None, target, folder / "timing.cache")
+    typed = onnx.load(target / "model.onnx")
+    assert sum("shifted" in node.name for node in typed.graph.node) == 2 ** (bits - 8)
+    (feeds,) = images(1, seed=8)
+    with load_engine(target / "model.engine") as runner:
+        assert error(runner(feeds)["logits"], reference(typed, feeds)) < 0.1
+
+
 def test_implicit_int8_uses_the_tables_ranges(folder, table):
     needs("implicit")
     (feeds,) = images(1, seed=7)
