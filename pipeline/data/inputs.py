@@ -6,11 +6,12 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -21,6 +22,7 @@ from pipeline.data.videos import VIDEO_ENDINGS, frames
 from pipeline.errors import DataError
 from pipeline.slips import did_you_mean
 
+T = TypeVar("T")
 # As decoding and encoding leave Python's lock to others for most of their time.
 THREADS = min(16, os.cpu_count() or 1)
 # Of pictures that are decoded ahead of their use; one that has more waits alone.
@@ -111,22 +113,35 @@ def decoded(inputs: Iterable[Input], threads: int = THREADS) -> Iterator[Decoded
     Args:
         threads: twice as many pictures wait at most, and fewer of large ones.
     """
-    pool = ThreadPoolExecutor(threads, "decoding")
-    waiting: deque[tuple[int, Future[Decoded]]] = deque()
-    pixels = 0
+    work = ((one.pixels, partial(_decode, one)) for one in inputs)
+    return on_threads(work, threads, 2 * threads, MOST_PIXELS_AHEAD)
 
-    def first() -> Decoded:
-        nonlocal pixels
+
+def on_threads(
+    work: Iterable[tuple[int, Callable[[], T]]], threads: int, most: int, most_size: int
+) -> Generator[T, None, None]:
+    """What calls give, in their order, while later ones are at work on threads.
+
+    Args:
+        work: a size of each call, and the call; read as there is room.
+        most, most_size: calls that are under way or done and not yet taken, and their sizes together; one always may.
+    """
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    held = 0
+
+    def first() -> T:
+        nonlocal held
         size, future = waiting.popleft()
-        pixels -= size
+        held -= size
         return future.result()
 
     try:
-        for one in inputs:
-            while len(waiting) >= 2 * threads or (waiting and pixels + one.pixels > MOST_PIXELS_AHEAD):
+        for size, call in work:
+            while len(waiting) >= most or (waiting and held + size > most_size):
                 yield first()
-            waiting.append((one.pixels, pool.submit(_decode, one)))
-            pixels += one.pixels
+            waiting.append((size, pool.submit(call)))
+            held += size
         while waiting:
             yield first()
     finally:

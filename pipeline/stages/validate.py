@@ -6,10 +6,9 @@ import contextlib
 import logging
 import shlex
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from pipeline.artifacts import ModelCard, TensorSpec, to_json
 from pipeline.backends.base import Runner, feed_image
 from pipeline.config import Tolerance, ValidateConfig
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.data.inputs import THREADS
+from pipeline.data.inputs import THREADS, on_threads
 from pipeline.data.pictures import mask_png, overlay_png, palette
 from pipeline.data.preprocessing import Pixels
 from pipeline.errors import DataError, ModelError
@@ -229,20 +228,14 @@ def _compared(comparison: _Comparison, what: str, fleet: Fleet | None) -> Iterat
 
 def _overlapped(comparison: _Comparison, places: Iterable[int]) -> Iterator[_Compared]:
     """Images run one after the other, while those before are compared on threads."""
-    waiting: deque[Future[_Compared]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            for place in places:
-                sample, feed, results = comparison.run(place)
-                waiting.append(pool.submit(comparison.compared, place, sample, feed, results))
-                size = sum(array.nbytes for _, (outputs,) in results.items() for array in outputs.values())
-                while len(waiting) > min(THREADS, WAITING_BYTES // max(size, 1)):
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+
+    def work() -> Iterator[tuple[int, Callable[[], _Compared]]]:
+        for place in places:
+            sample, feed, results = comparison.run(place)
+            size = sum(array.nbytes for _, (outputs,) in results.items() for array in outputs.values())
+            yield size, partial(comparison.compared, place, sample, feed, results)
+
+    return on_threads(work(), THREADS, THREADS, WAITING_BYTES)
 
 
 def _forms(specs: Sequence[TensorSpec]) -> list[tuple[str, str, int]]:
