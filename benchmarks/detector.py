@@ -30,8 +30,9 @@ from pipeline.data.inputs import decoded, find_files, inputs_of
 from pipeline.data.pictures import as_rgb
 from pipeline.data.preprocessing import normalise, preprocess
 from pipeline.errors import DataError
+from pipeline.facts import required_card
 from pipeline.metrics.detection import average_precision, decode, suppress
-from pipeline.opening import open_model, required_card
+from pipeline.opening import open_model
 
 CONFIG = Path(__file__).parent.parent / "configs" / "detector.yaml"
 STRIDES = (8, 16, 32)

@@ -43,8 +43,8 @@ from pipeline.data.pixels import open_picture, picture_of
 from pipeline.fleet.fleet import Fleet
 from pipeline.fleet.portions import Part
 from pipeline.fleet.proxies import HostedPredictor
-from pipeline.predictor import Predictor
-from pipeline.stages.predict import GROUP, PORTION, Wanted, predict
+from pipeline.predictor import GROUP, Predictor
+from pipeline.stages.predict import PORTION, Wanted, predict
 
 # Cores that a GPU's workers get, at most.
 MOST_WORKERS = 16

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -25,6 +25,7 @@ from pipeline.errors import BuildFolderError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SCHEMA_VERSION = 1
+Output = Literal["logits", "labels", "probabilities"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class TensorSpec:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+
+def output_kind(spec: TensorSpec) -> Output:
+    """What a model's output holds: integers are labels, floats logits unless they are called probabilities."""
+    if spec.dtype.startswith(("int", "uint")):
+        return "labels"
+    return "probabilities" if spec.name.startswith("probabilities") else "logits"
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class EngineManifest:
     """Beside every engine, and checked before the engine is loaded.
 
     ``options`` are the build options that it was built with, by their names in the configuration's ``engine``;
-    ``multiples`` and ``aligns_corners`` what the graph says of the sizes to feed, as in ``pipeline.opening.Facts``.
+    ``multiples`` and ``aligns_corners`` what the graph says of the sizes to feed, as in ``pipeline.facts.Facts``.
     """
 
     engine_sha256: str

@@ -11,12 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import ModelCard
+from pipeline.artifacts import ModelCard, Output
 from pipeline.config import Precision, Tolerance, ValidateConfig
 from pipeline.data.dataset import Sample
 from pipeline.data.preprocessing import Pixels, class_ids, restore_mask
 from pipeline.errors import ConfigError, DataError
-from pipeline.graph.deployment import Output
 from pipeline.metrics.bootstrap import interval, resampled_sums
 from pipeline.metrics.boundary import Outlines, beside, outlines, tolerance_pixels
 from pipeline.metrics.masks import MaskFigures, MaskTally

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 
-from pipeline.artifacts import ModelCard, sha256_file
+from pipeline.artifacts import sha256_file
 from pipeline.backends.base import Runner
-from pipeline.backends.distant import DistantRunner
 from pipeline.backends.onnxruntime import emulate
 from pipeline.backends.remote import RemoteRunner, is_address
 from pipeline.config import Precision
 from pipeline.engines import load_engine, read_manifest
-from pipeline.errors import EngineError, ModelError
+from pipeline.errors import EngineError
+from pipeline.facts import Facts, facts_of
 from pipeline.graph.io import load_model, read_card
 from pipeline.graph.promises import read_multiples
 from pipeline.graph.resampling import aligns_corners
 from pipeline.reports import Candidate
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a model file says of itself beside its inputs and outputs; the defaults where it says nothing.
-
-    Attributes:
-        card: preprocessing and classes.
-        multiples: axis name, or its role (height, width), to the number that its sizes have to be multiples of.
-        aligns_corners: whether it upsamples with align_corners, so that what it sees depends on the size it is fed.
-        sha256: of a served model's file, where the server says it.
-    """
-
-    card: ModelCard | None = None
-    multiples: Mapping[str, int] = field(default_factory=dict)
-    aligns_corners: bool = False
-    sha256: str = ""
 
 
 def read_facts(path: Path) -> Facts:
@@ -52,30 +33,6 @@ def read_facts(path: Path) -> Facts:
         return Facts(read_card(model), read_multiples(model), aligns_corners(model))
     manifest = read_manifest(path)
     return Facts(manifest.card, manifest.multiples, manifest.aligns_corners)
-
-
-def facts_of(runner: Runner) -> Facts:
-    """What a loaded model says: a served one what it was packaged with, a distant one what is known of it, any other
-    nothing."""
-    if isinstance(runner, DistantRunner):
-        return Facts(multiples=runner.model.multiples, aligns_corners=runner.model.aligns_corners)
-    if not isinstance(runner, RemoteRunner):
-        return Facts()
-    served = runner.served
-    if served is None:
-        return Facts(sha256=runner.sha256)
-    return Facts(served.card, served.multiples, served.aligns_corners, runner.sha256)
-
-
-def required_card(card: ModelCard | None, model: object) -> ModelCard:
-    """The card; raises ModelError where the model has none."""
-    if card is None:
-        raise ModelError(
-            f"{model} does not say how images are preprocessed",
-            expected="the metadata that `unet-trt export` writes",
-            fix="use the model.onnx that it exported; `unet-trt predict` takes that beside another model, with --card",
-        )
-    return card
 
 
 def open_model(path: Path | str, *, trust: bool = False) -> tuple[Runner, Facts]:

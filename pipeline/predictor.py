@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import ModelCard, Profile, TensorSpec, sha256_file
+from pipeline.artifacts import ModelCard, Profile, TensorSpec, output_kind, sha256_file
 from pipeline.backends.base import Runner
-from pipeline.backends.distant import DistantModel, DistantRunner
+from pipeline.backends.distant import DistantModel, DistantRunner, Model
 from pipeline.backends.gpu_array import GpuArray, GpuView
 from pipeline.backends.lanes import EngineLane, Lane, Lanes
 from pipeline.backends.remote import is_address
@@ -34,8 +34,7 @@ from pipeline.data.preprocessing import (
 )
 from pipeline.data.tiles import Span, padded, spans
 from pipeline.errors import ConfigError, DataError, ModelError, UnsupportedError
-from pipeline.graph.deployment import output_kind
-from pipeline.opening import facts_of, open_model, read_facts, required_card
+from pipeline.facts import Facts, facts_of, required_card
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +47,9 @@ STREAMS = 3
 
 Floats = NDArray[np.float32]
 Allocate = Callable[[int, tuple[int, int, int]], Floats]
-# What a network gives for each array of a batch.
-Outputs = Callable[[Iterable[NDArray[Any]]], Generator[NDArray[Any], None, None]]
+# Small images that are handed on together, and their pixels, where several batches are under way: an engine needs less
+# time for one than threads and processes do to hand it over.
+GROUP, GROUP_PIXELS = 8, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,14 @@ class Apart:
         return Predictor(runner, self.card, batch=self.batch, tile=self.tile, overlap=self.overlap)
 
 
-def apart(predictor: Predictor, most: int, most_pixels: int) -> tuple[Apart, Outputs]:
-    """A predictor for other processes, and what answers them here.
-
-    Args:
-        most, most_pixels: images, and their pixels, that they send at once; at least the predictor's own batch.
-    """
+def apart(predictor: Predictor) -> tuple[Apart, Model]:
+    """A predictor for other processes, and what answers them here."""
 
     def freed(spec: TensorSpec) -> TensorSpec:
         return TensorSpec(spec.name, ("batch", *spec.shape[1:]), spec.dtype)
 
     rows, columns = predictor._axes
-    batch = max(predictor.batch, min(most, most_pixels // (rows.largest * columns.largest)))
+    batch = max(predictor.batch, min(GROUP, GROUP_PIXELS // (rows.largest * columns.largest)))
     profiles = {}
     if predictor._profile is not None:
         shapes = predictor._profile.min, predictor._profile.opt, predictor._profile.max
@@ -164,8 +160,8 @@ class Predictor(Closing):
         self._again = partial(
             Predictor, model, card, trust=trust, batch=batch, tile=tile, overlap=overlap, streams=streams
         )
-        given = card if isinstance(card, ModelCard) or card is None else read_facts(Path(card)).card
-        runner, facts = open_model(model, trust=trust) if isinstance(model, (str, Path)) else (model, facts_of(model))
+        given = card if isinstance(card, ModelCard) or card is None else _card_of(Path(card))
+        runner, facts = _opened(model, trust) if isinstance(model, (str, Path)) else (model, facts_of(model))
         try:
             if streams is not None and streams < 1:
                 raise ConfigError(f"{streams} streams", expected="1 or more")
@@ -481,7 +477,9 @@ class Predictor(Closing):
 
     def _answers(self, lane: Lane, count: int) -> NDArray[Any]:
         """The outputs of a lane's batch, but for those of images that only filled it up."""
-        result = lane.finish()[:count]
+        # Where several batches are under way the GPU goes on with another while a thread wakes up, and the cores have
+        # images to decode.
+        result = lane.finish(sleeps=self._lanes.lent > 1)[:count]
         if self._kind != "labels" and result.shape[1] != len(self.card.classes):
             raise ModelError(
                 f"the model scores {result.shape[1]} classes, and its card names {len(self.card.classes)}",
@@ -528,7 +526,7 @@ def _axes(
     """Those of height and width.
 
     Args:
-        multiples: as in ``pipeline.opening.Facts``.
+        multiples: as in ``pipeline.facts.Facts``.
     """
     if tile is not None and tile < 1:
         raise ConfigError(f"tiles of {tile} pixels", expected="1 or more")
@@ -560,6 +558,21 @@ def _batch_sizes(source: TensorSpec, profile: Profile | None, wanted: int | None
     if profile is None:
         return 1, wanted or 1
     return profile.min[0], max(profile.min[0], min(wanted or BATCH, profile.max[0]))
+
+
+# What opens files is loaded where there is one: processes whose model is elsewhere start in half the time without it.
+
+
+def _card_of(path: Path) -> ModelCard | None:
+    from pipeline.opening import read_facts
+
+    return read_facts(path).card
+
+
+def _opened(path: Path | str, trust: bool) -> tuple[Runner, Facts]:
+    from pipeline.opening import open_model
+
+    return open_model(path, trust=trust)
 
 
 def _check_overlap(tile: int, overlap: int | None) -> None:

@@ -173,10 +173,16 @@ class Stream:
 
 
 class Event:
-    """A point in a stream whose time the GPU records."""
+    """A point in a stream, whose time the GPU records.
 
-    def __init__(self) -> None:
-        self.handle: Any = call("cudaEventCreate")
+    Args:
+        sleeps: threads that wait for it give their core to others, and wake up a little later; no time is recorded.
+    """
+
+    def __init__(self, *, sleeps: bool = False) -> None:
+        runtime = _runtime()
+        flags = runtime.cudaEventBlockingSync | runtime.cudaEventDisableTiming if sleeps else 0
+        self.handle: Any = call("cudaEventCreateWithFlags", flags)
 
     def record(self, stream: Stream) -> None:
         call("cudaEventRecord", self.handle, stream.handle)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,11 +18,14 @@ from pipeline.artifacts import Profile, TensorSpec
 from pipeline.backends.base import Arrays
 from pipeline.closing import Closing
 
+# What comes of every array of a batch, valid until the next; called on several threads.
+Model = Callable[[Iterable[NDArray[Any]]], Generator[NDArray[Any], None, None]]
+
 
 @dataclass(frozen=True)
 class DistantModel:
     """What is known of the model: as a runner's attributes, and ``multiples`` and ``aligns_corners`` as in
-    ``pipeline.opening.Facts``."""
+    ``pipeline.facts.Facts``."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -66,6 +71,9 @@ class DistantRunner(Closing):
         connection: to the process that runs it. Shape and dtype of each batch are sent, and those of the answer come
             back, or what went wrong.
         given, taken: memory of batches and answers.
+
+    Raises, when it is called:
+        ConnectionError: the other process has ended.
     """
 
     def __init__(self, model: DistantModel, connection: Connection, given: SharedMemory, taken: SharedMemory) -> None:
@@ -75,11 +83,36 @@ class DistantRunner(Closing):
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         batch = feeds[self.inputs[0].name]
         self._given.array(batch.shape, batch.dtype.str)[...] = batch
-        self._connection.send((batch.shape, batch.dtype.str))
-        answer = self._connection.recv()
+        try:
+            self._connection.send((batch.shape, batch.dtype.str))
+            answer = self._connection.recv()
+        except EOFError as error:
+            raise ConnectionResetError("the process that runs the model has ended") from error
         if isinstance(answer, Exception):
             raise answer
         return {self.outputs[0].name: self._taken.array(*answer)}
 
     def close(self) -> None:
         """Nothing; the model is the other process's."""
+
+
+def answer(connection: Connection, given: SharedMemory, taken: SharedMemory, model: Model) -> None:
+    """Be the other process of a ``DistantRunner``: answer its batches until it sends None, or ends."""
+    with contextlib.suppress(EOFError, OSError):
+        while (batch := connection.recv()) is not None:
+            try:
+                told: Any = _told(model, given.array(*batch), taken)
+            except Exception as error:  # raised where the batch came from
+                told = error
+            connection.send(told)
+
+
+def _told(model: Model, batch: NDArray[Any], taken: SharedMemory) -> tuple[tuple[int, ...], str]:
+    kept: NDArray[Any] | None = None
+    with closing(model(batch)) as outputs:
+        for index, output in enumerate(outputs):
+            if kept is None:
+                kept = taken.array((batch.shape[0], *output.shape), output.dtype.str)
+            kept[index] = output
+    assert kept is not None
+    return kept.shape, kept.dtype.str

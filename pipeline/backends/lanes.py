@@ -44,8 +44,12 @@ class Lane(Protocol):
         """
         ...
 
-    def finish(self) -> NDArray[Any]:
-        """Wait for the batch: the output, whose memory is the lane's and holds it until ``memory`` is called again."""
+    def finish(self, *, sleeps: bool = False) -> NDArray[Any]:
+        """Wait for the batch: the output, whose memory is the lane's and holds it until ``memory`` is called again.
+
+        Args:
+            sleeps: leave the core to others meanwhile. Otherwise waiting for a GPU takes all of it, and is over sooner.
+        """
         ...
 
     def settle(self) -> None:
@@ -72,7 +76,7 @@ class HostLane:
     def start(self) -> None:
         self._output = self._runner({self._source.name: self._batch})[self._result.name]
 
-    def finish(self) -> NDArray[Any]:
+    def finish(self, *, sleeps: bool = False) -> NDArray[Any]:
         return self._output
 
     def settle(self) -> None: ...
@@ -92,7 +96,7 @@ class RemoteLane(HostLane):
     def start(self) -> None:
         self._answer = self._remote.submit({self._source.name: self._batch})
 
-    def finish(self) -> NDArray[Any]:
+    def finish(self, *, sleeps: bool = False) -> NDArray[Any]:
         assert self._answer is not None
         return self._answer.result()[self._result.name]
 
@@ -118,6 +122,7 @@ class EngineLane:
         self._pinned: dict[str, cuda.PinnedArray] = {}
         self._shape: tuple[int, ...] | None = None
         self._batch: NDArray[Any] | None = None
+        self._sleep: cuda.Event | None = None
         self._with_copies = _Repeated(runner, self._enqueue)
         self._alone = _Repeated(runner, runner.enqueue)
 
@@ -131,8 +136,14 @@ class EngineLane:
     def start(self) -> None:
         self._with_copies.enqueue()
 
-    def finish(self) -> NDArray[Any]:
-        self._runner.stream.synchronize()
+    def finish(self, *, sleeps: bool = False) -> NDArray[Any]:
+        if sleeps:
+            if self._sleep is None:
+                self._sleep = cuda.Event(sleeps=True)
+            self._sleep.record(self._runner.stream)
+            self._sleep.synchronize()
+        else:
+            self._runner.stream.synchronize()
         return self._output
 
     def settle(self) -> None:
@@ -167,6 +178,8 @@ class EngineLane:
 
     def close(self) -> None:
         self._drop_graphs()
+        if self._sleep is not None:
+            self._sleep.close()
         for memory in self._pinned.values():
             memory.close()
         self._pinned = {}
@@ -244,6 +257,11 @@ class Lanes:
         self._is_open = True
         self._free: list[Lane] = [_lane(runner)]
         self._count, self.most = 1, most if isinstance(runner, (EngineRunner, RemoteRunner)) else 1
+
+    @property
+    def lent(self) -> int:
+        """How many lanes are lent."""
+        return self._count - len(self._free)
 
     def take(self, *, wait: bool) -> Lane | None:
         """A lane, until it is given back; None where all are lent and the thread does not want to wait.

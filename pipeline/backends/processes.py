@@ -19,23 +19,19 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-from numpy.typing import NDArray
-
 from pipeline.artifacts import process_name
-from pipeline.backends.distant import DistantModel, DistantRunner, SharedMemory
+from pipeline.backends.distant import DistantModel, DistantRunner, Model, SharedMemory, answer
 from pipeline.closing import Closing
 from pipeline.errors import PipelineError, UnsupportedError
 
 log = logging.getLogger(__name__)
 # With the modules of the process that starts it.
 PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {__name__} import main; main()"
-# What answers the processes, on a thread for each of them: what comes of every array of a batch, valid until the next.
-Model = Callable[[Iterable[NDArray[Any]]], Generator[NDArray[Any], None, None]]
 # Items that a process is given, and results that it sends, at a time.
 PORTION = 8
 # How long a process may take to end once it is no longer wanted.
@@ -102,26 +98,6 @@ class _Process:
         """Its ``process_name``."""
         return process_name(self.program.pid)
 
-    def serve(self, model: Model) -> None:
-        """Answer its batches until it sends None, or ends."""
-        with contextlib.suppress(EOFError, OSError):
-            while (batch := self.network.recv()) is not None:
-                try:
-                    answer: Any = self._answer(model, *batch)
-                except Exception as error:  # raised where the job asked
-                    answer = error
-                self.network.send(answer)
-
-    def _answer(self, model: Model, shape: tuple[int, ...], dtype: str) -> tuple[tuple[int, ...], str]:
-        kept: NDArray[Any] | None = None
-        with contextlib.closing(model(self.given.array(shape, dtype))) as outputs:
-            for index, output in enumerate(outputs):
-                if kept is None:
-                    kept = self.taken.array((shape[0], *output.shape), output.dtype.str)
-                kept[index] = output
-        assert kept is not None
-        return kept.shape, kept.dtype.str
-
     def end(self, seconds: float) -> None:
         """Wait until it has ended, and end it where it has not by then."""
         try:
@@ -176,7 +152,10 @@ class Processes(Closing):
         given, said = iter(items), set[str]()
         self._at_work = True
         pickled = pickle.dumps(job)
-        self._threads = [threading.Thread(target=one.serve, args=(model,), daemon=True) for one in self._all]
+        self._threads = [
+            threading.Thread(target=answer, args=(one.network, one.given, one.taken, model), daemon=True)
+            for one in self._all
+        ]
         for thread in self._threads:
             thread.start()
         working: dict[Any, _Process] = {one.work: one for one in self._all}

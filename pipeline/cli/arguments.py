@@ -140,7 +140,8 @@ def card_of(model: Path) -> Any:
         ModelError: it is missing or damaged, or has none.
         EngineError: the manifest of an engine is.
     """
-    from pipeline.opening import read_facts, required_card
+    from pipeline.facts import required_card
+    from pipeline.opening import read_facts
 
     return required_card(read_facts(model).card, model)
 

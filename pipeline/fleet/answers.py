@@ -11,7 +11,7 @@ from pipeline import __version__
 from pipeline.artifacts import process_name
 from pipeline.backends import cuda
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.fleet.connection import import_ray
+from pipeline.fleet.connection import import_ray, node_here
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,8 @@ def opened_here(opens: Callable[[], Any]) -> Opened:
         gpu = cuda.current_device().name if ray.get_gpu_ids() else ""
     except PipelineError:
         gpu = ""
-    node = ray.get_runtime_context().get_node_id()
     try:
         content = opens()
     except Exception as error:
         content = Raised(error)
-    return Opened(platform.node(), node, process_name(), gpu, __version__, content)
+    return Opened(platform.node(), node_here(), process_name(), gpu, __version__, content)

@@ -65,6 +65,12 @@ def _unreachable(address: str, error: Exception) -> ConfigError:
     )
 
 
+def node_here() -> str:
+    """Ray's id of the machine that this process is on."""
+    node: str = import_ray().get_runtime_context().get_node_id()
+    return node
+
+
 def resources(*, on_gpu: bool) -> dict[str, Any]:
     """What an actor takes, as options of Ray: a core, and a GPU where it wants one."""
     return {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}

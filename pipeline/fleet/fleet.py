@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -26,8 +25,8 @@ R = TypeVar("R")
 
 # Calls that a hosted predictor works on at a time.
 CALLS = 8
-# Portions for each worker where the caller does not say their size: enough to level out, and none larger than this.
-PORTIONS_EACH, LARGEST_PORTION = 4, 16
+# Items of the largest portion where the caller does not say it.
+LARGEST_PORTION = 16
 
 
 class Fleet(Closing):
@@ -103,7 +102,7 @@ class Fleet(Closing):
 
         Args:
             function: pickled; each worker opens it once. Errors that it raises are raised here.
-            size: items of a portion.
+            size: items of a portion, the largest; on GPUs of all but the last.
             what: is done, for the display.
             name: of an item, for messages.
             writes: a folder that all workers write to; checked first.
@@ -116,7 +115,7 @@ class Fleet(Closing):
         """
         options, died = self._placement(on_gpu), self.lost_workers.append
         with Crew(function, options, writes, died) as crew, Show(what, len(items), crew, name) as show:
-            portions = Portions(items, size)
+            portions = Portions(items, size, None if on_gpu else self.workers)
             while True:
                 while crew.idle and (portion := portions.next(is_alone=not crew.running)) is not None:
                     crew.start(portion)
@@ -153,11 +152,9 @@ class Fleet(Closing):
         Raises:
             DataError: an item was lost.
         """
-        each = self.gpus if on_gpu else self.workers
-        size = size or min(LARGEST_PORTION, math.ceil(len(items) / (PORTIONS_EACH * max(each, 1))))
         early: dict[int, tuple[int, R]] = {}
         place = 0
-        with closing(self.parts(function, items, size, what, name=name, on_gpu=on_gpu)) as parts:
+        with closing(self.parts(function, items, size or LARGEST_PORTION, what, name=name, on_gpu=on_gpu)) as parts:
             for part in parts:
                 if part.result is None:
                     raise DataError(

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifacts import ModelCard, TensorSpec
+from pipeline.backends.doors import Address, Door
 from pipeline.backends.onnxruntime import THREADS, threads
 from pipeline.data.pixels import picture_of
 from pipeline.errors import EngineError, UnsupportedError
 from pipeline.fleet.answers import Opened, Raised, opened_here
 from pipeline.fleet.connection import import_ray, kill, lines_of, packed, resources, unpacked
-from pipeline.predictor import Predictor
+from pipeline.predictor import Apart, Predictor, apart
 from pipeline.progress import PLAIN_LINE_SECONDS
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,13 @@ REPEATED_CALLS = 2
 
 @dataclass(frozen=True)
 class PredictorFacts:
-    """What a predictor says of itself, as its attributes."""
+    """What a predictor says of itself, as its attributes, and all of it but for its model."""
 
     card: ModelCard
     sha256: str
     batch: int
     streams: int
+    there: Apart
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class HostActor:
     def __init__(self, opens: bytes, threads: int) -> None:
         self.opens = opens
         self.model: Any = None
+        self.address: Address | None = None
         os.environ[THREADS] = str(threads)
         self.lock = threading.Lock()
 
@@ -73,10 +76,21 @@ class HostActor:
                     self.model = unpacked(self.opens)()
             model = self.model
             if isinstance(model, Predictor):
-                return PredictorFacts(model.card, model.sha256, model.batch, model.streams)
+                return PredictorFacts(model.card, model.sha256, model.batch, model.streams, apart(model)[0])
             return RunnerFacts(model.inputs, model.outputs)
 
         return opened_here(facts)
+
+    def door(self) -> Any:
+        """The ``Address`` at which processes of this machine reach the predictor's model, or what was raised."""
+
+        def address() -> Address:
+            with self.lock:
+                if self.address is None:
+                    self.address = Door(apart(self.model)[1]).address
+                return self.address
+
+        return self._answer(address)
 
     def predict(self, images: Sequence[NDArray[np.uint8]], probabilities: bool) -> Any:
         """A ``Prediction`` an image, or what was raised."""

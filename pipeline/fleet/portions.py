@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ R = TypeVar("R")
 
 # Failures after which a portion is cut into single items, and a single item is tried alone.
 CUT_AFTER, ALONE_AFTER = 2, 3
+# Portions that each worker would get of what is left, if all were of the next one's size.
+SHARES = 2
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,18 @@ class Portion(Generic[T]):
 
 
 class Portions(Generic[T]):
-    """What is still to be done: portions that failed, fresh ones, and items that are tried alone, last."""
+    """What is still to be done: portions that failed, fresh ones, and items that are tried alone, last.
 
-    def __init__(self, items: Sequence[T], size: int) -> None:
-        self._items, self._size = items, size
+    Towards the end portions become smaller, so that workers end together: guided self-scheduling (Polychronopoulos and
+    Kuck, IEEE Transactions on Computers, 1987).
+
+    Args:
+        size: items of the largest portion.
+        workers: that share them; None: all portions but the last are of that size.
+    """
+
+    def __init__(self, items: Sequence[T], size: int, workers: int | None = None) -> None:
+        self._items, self._size, self._workers = items, size, workers
         self._fresh = 0  # place of the first item that nobody was given
         self._again: deque[Portion[T]] = deque()
         self._alone: deque[Portion[T]] = deque()
@@ -73,7 +84,10 @@ class Portions(Generic[T]):
         if self._again:
             return self._again.popleft()
         if self._fresh < len(self._items):
-            start, self._fresh = self._fresh, self._fresh + self._size
+            count = self._size
+            if self._workers is not None:
+                count = min(count, math.ceil((len(self._items) - self._fresh) / (SHARES * self._workers)))
+            start, self._fresh = self._fresh, self._fresh + count
             return Portion(start, tuple(self._items[start : self._fresh]))
         return self._alone.popleft() if self._alone and is_alone else None
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import AuthenticationError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.backends.doors import Visit
 from pipeline.closing import Closing
 from pipeline.data.pixels import Picture
 from pipeline.fleet.answers import Raised
-from pipeline.fleet.connection import import_ray
+from pipeline.fleet.connection import import_ray, node_here
 from pipeline.fleet.hosts import Host, PredictorFacts, RunnerFacts
-from pipeline.predictor import Allocate, Prediction, in_memory
+from pipeline.predictor import Allocate, Apart, Prediction, in_memory
+
+log = logging.getLogger(__name__)
 
 
 class Turns:
-    """Calls hosts in turns: those on the same machine, where there are any."""
+    """Hosts in turns: those on the same machine, where there are any."""
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self._hosts = tuple(hosts)
@@ -28,22 +34,46 @@ class Turns:
     def __reduce__(self) -> tuple[Any, ...]:
         return Turns, (self._hosts,)
 
-    def __call__(self, method: str, *arguments: Any) -> Any:
-        ray = import_ray()
+    def next(self) -> Host:
         if self._order is None:
-            here = ray.get_runtime_context().get_node_id()
+            here = node_here()
             chosen = [host for host in self._hosts if host.node == here] or list(self._hosts)
             first = os.getpid() % len(chosen)  # so that workers do not all begin with the same one
             self._order = itertools.cycle(chosen[first:] + chosen[:first])
-        answer = ray.get(getattr(next(self._order).actor, method).remote(*arguments))
-        if isinstance(answer, Raised):
-            raise answer.error
-        return answer
+        return next(self._order)
+
+
+def asked(host: Host, method: str, *arguments: Any) -> Any:
+    """What a host answers, through Ray; raises what was raised there."""
+    answer = import_ray().get(getattr(host.actor, method).remote(*arguments))
+    if isinstance(answer, Raised):
+        raise answer.error
+    return answer
+
+
+class Visited(Closing):
+    """A predictor by a host's model, which is on this machine.
+
+    Raises:
+        OSError, EOFError, AuthenticationError: there is no way to it.
+    """
+
+    def __init__(self, host: Host, there: Apart) -> None:
+        self._visit = Visit(asked(host, "door"), there.model)
+        self.predictor = there.opened(self._visit.runner)
+
+    def close(self) -> None:
+        self.predictor.close()
+        self._visit.close()
 
 
 class HostedPredictor(Closing):
     """Stands for predictors on other processes: what ``pipeline.stages.predict`` needs of one. Closed, it ends them;
     pickled, it calls the same ones, and leaves ending them to the first.
+
+    A host on the same machine is visited: images are resized and masks restored here, and batches go there and back
+    through memory that both see. Hosts elsewhere get the images, through Ray, which takes more of the cores than
+    decoding does.
 
     Attributes:
         card, sha256, batch, streams: as a ``Predictor``'s.
@@ -52,19 +82,33 @@ class HostedPredictor(Closing):
     def __init__(self, turns: Turns, facts: PredictorFacts, release: Callable[[], None] = lambda: None) -> None:
         self.card, self.sha256, self.batch, self.streams = facts.card, facts.sha256, facts.batch, facts.streams
         self._turns, self._facts, self._release = turns, facts, release
+        self._visits: dict[Host, Visited | None] = {}
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HostedPredictor, (self._turns, self._facts)
 
     def close(self) -> None:
+        for visited in self._visits.values():
+            if visited is not None:
+                visited.close()
         self._release()
 
     def predict(
         self, images: Sequence[Picture], *, probabilities: bool = False, allocate: Allocate = in_memory
     ) -> list[Prediction]:
-        """As ``Predictor.predict``, of pictures; large ones are held whole."""
+        """As ``Predictor.predict``, of pictures; a host elsewhere is sent large ones whole."""
+        host = self._turns.next()
+        visited = self._visited(host)
+        if visited is not None:
+            try:
+                return visited.predictor.predict(images, probabilities=probabilities, allocate=allocate)
+            except ConnectionError:  # it has ended; Ray starts another in its place, and waits for it below
+                with self._lock:
+                    if self._visits.get(host) is visited:
+                        del self._visits[host]
         pixels = [np.ascontiguousarray(picture.pixels) for picture in images]
-        results: list[Prediction] = self._turns("predict", pixels, probabilities)
+        results: list[Prediction] = asked(host, "predict", pixels, probabilities)
         if not probabilities:
             return results
         kept = []
@@ -75,6 +119,18 @@ class HostedPredictor(Closing):
             memory[:] = result.probabilities
             kept.append(Prediction(result.labels, memory))
         return kept
+
+    def _visited(self, host: Host) -> Visited | None:
+        """A way to a host's model; None where there is none."""
+        with self._lock:
+            if host not in self._visits:
+                self._visits[host] = None
+                if host.node == node_here():
+                    try:
+                        self._visits[host] = Visited(host, self._facts.there)
+                    except (OSError, EOFError, AuthenticationError) as error:
+                        log.info("images go through Ray, since the host beside cannot be visited: %s", error)
+            return self._visits[host]
 
 
 class HostedRunner(Closing):
@@ -88,7 +144,7 @@ class HostedRunner(Closing):
         return HostedRunner, (self._turns, self._facts)
 
     def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        outputs: dict[str, NDArray[Any]] = self._turns("run", dict(feeds))
+        outputs: dict[str, NDArray[Any]] = asked(self._turns.next(), "run", dict(feeds))
         return outputs
 
     def close(self) -> None:

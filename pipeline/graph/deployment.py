@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helpe
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from pipeline.artifacts import ModelCard, TensorSpec
+from pipeline.artifacts import ModelCard, Output, TensorSpec, output_kind
 from pipeline.config import PreprocessingConfig
 from pipeline.data.preprocessing import Pixels, coefficients, normalise
 from pipeline.data.synthetic import draw_cells
@@ -24,7 +24,6 @@ from pipeline.graph.shapes import all_names, redirect, set_value_info, unique
 from pipeline.graph.versions import with_opset
 
 Input = Literal["float", "image"]
-Output = Literal["logits", "labels", "probabilities"]
 
 # uint8 holds 256 ids; 255 is what label files and letterboxing call void.
 MAX_CLASSES = 255
@@ -73,13 +72,6 @@ def bake(model: ModelProto, card: ModelCard | None, *, input: Input, output: Out
         _decide(result, output)
     set_value_info(result)
     return clean_model(result)[0]
-
-
-def output_kind(spec: TensorSpec) -> Output:
-    """What a model's output holds: integers are labels, floats logits unless they are called probabilities."""
-    if np.dtype(spec.dtype).kind in "iu":
-        return "labels"
-    return "probabilities" if spec.name.startswith("probabilities") else "logits"
 
 
 class Model(Protocol):

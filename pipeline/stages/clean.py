@@ -14,7 +14,7 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from pipeline.artifacts import to_json, write_atomically
+from pipeline.artifacts import Output, to_json, write_atomically
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.backends.parsing import parse_verdict
 from pipeline.cleaning_report import CleaningReport, Equality, PassReport
@@ -22,7 +22,7 @@ from pipeline.config import ProfileRange
 from pipeline.errors import CheckFailed, ModelError
 from pipeline.graph.base import Pass, PassRun
 from pipeline.graph.cleaning import clean_model, clean_passes
-from pipeline.graph.deployment import BakedEquality, Input, Output, bake, check_baked
+from pipeline.graph.deployment import BakedEquality, Input, bake, check_baked
 from pipeline.graph.findings import refusals
 from pipeline.graph.io import (
     DATA_SUFFIX,

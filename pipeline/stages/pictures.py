@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.artifacts import ModelCard, to_json
+from pipeline.artifacts import ModelCard, output_kind, to_json
 from pipeline.backends.base import Arrays, Runner, feed_image
 from pipeline.config import Precision
 from pipeline.data.dataset import Sample
 from pipeline.data.pictures import as_rgb, mask_png, palette
 from pipeline.data.preprocessing import Pixels, class_ids, restore_mask
-from pipeline.graph.deployment import output_kind
 from pipeline.metrics.outputs import margins
 from pipeline.progress import track
 from pipeline.reports import PicturedImage, PicturesReport

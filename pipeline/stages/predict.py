@@ -28,7 +28,7 @@ from pipeline.data.preprocessing import Pixels
 from pipeline.data.videos import VIDEO_ENDINGS, decoder_for
 from pipeline.errors import BuildFolderError, DataError
 from pipeline.journal import NAME, Journal
-from pipeline.predictor import Allocate, Apart, Prediction, Predictor, apart
+from pipeline.predictor import GROUP, GROUP_PIXELS, Allocate, Apart, Prediction, Predictor, apart
 from pipeline.progress import track
 
 if TYPE_CHECKING:
@@ -45,11 +45,8 @@ OVERLAY_PIXELS = 1 << 26
 ENDINGS = (".png", "_overlay.png")
 # Images of one portion of a fleet's work: seconds of it, so that little is lost with a worker.
 PORTION = 64
-# Where a model works on several batches at a time, images that go from thread to thread together, and their pixels: an
-# engine needs less time for a small image than threads do to hand it over.
-GROUP, GROUP_PIXELS = 8, 1 << 21
-# Threads of a process that has a core of its own: one decodes or encodes while another waits for a disk.
-WORKER_THREADS = 2
+# Threads that decode, and as many that encode, in a process that has a core of its own: more wait for each other.
+WORKER_THREADS = 1
 # Images from which on processes are worth their start (on 16 cores beside an H200), and pixels of the largest: threads
 # are kept busy by larger ones, of which each process would hold several.
 FEWEST_FOR_PROCESSES, LARGEST_FOR_PROCESSES = 1000, 1 << 22
@@ -193,7 +190,7 @@ class _Work:
         self.already += run.already
 
     def beside(self, processes: Processes, predictor: Predictor, paths: Sequence[Path]) -> Lines:
-        there, model = apart(predictor, GROUP, GROUP_PIXELS)
+        there, model = apart(predictor)
         job = _Job(
             there, predictor.batch, self.wanted, self.earlier, refuse=not (self.wanted.overwrite or self.existed)
         )

@@ -21,7 +21,7 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
-from pipeline.artifacts import ModelCard, TensorSpec, to_json
+from pipeline.artifacts import ModelCard, TensorSpec, output_kind, to_json
 from pipeline.backends.base import Runner, feed_image
 from pipeline.config import Tolerance, ValidateConfig
 from pipeline.data.dataset import Dataset, Sample
@@ -29,7 +29,6 @@ from pipeline.data.inputs import THREADS, on_threads
 from pipeline.data.pictures import mask_png, overlay_png, palette
 from pipeline.data.preprocessing import Pixels
 from pipeline.errors import DataError, ModelError
-from pipeline.graph.deployment import output_kind
 from pipeline.judging import Judge, MeasuredImage
 from pipeline.progress import track
 from pipeline.reports import Candidate, ValidationReport

@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pipeline.fleet.connection import connect
 from pipeline.fleet.fleet import Fleet
 from pipeline.fleet.hosts import check_opened
 from pipeline.fleet.portions import Part, Portions
+from pipeline.fleet.proxies import HostedPredictor, Turns
 from pipeline.fleet.workers import check_shared
 from pipeline.graph.io import write_card
 from pipeline.predictor import Prediction, Predictor
@@ -122,6 +123,19 @@ class Mortal(Predictor):
         return super().predict(images, **options)
 
 
+class MortalModel(Predictor):
+    """Ends its process, which others have come to, where ``ends`` says so."""
+
+    def __init__(self, model: Path, ends: Callable[[Sequence[Any]], bool]) -> None:
+        super().__init__(model)
+        self.ends = ends
+
+    def _outputs(self, patches: Iterable[Any]) -> Generator[Any, None, None]:
+        if self.ends([]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from super()._outputs(patches)
+
+
 def once(flag: Path, parent: int, images: Sequence[Any]) -> bool:
     """At the third batch that anybody predicts, and never again."""
     with (flag.parent / "batches").open("a") as file:
@@ -189,11 +203,19 @@ def test_one_poison_image_is_a_line_and_the_others_are_done(
     assert lines(tmp_path / "out")["poison"]["image"] == str(poison)
 
 
-def test_a_hosted_model_that_dies_is_opened_again(fleet: Fleet, files: Path, alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("node", ["here", "elsewhere"])
+def test_a_hosted_model_that_dies_is_opened_again(
+    fleet: Fleet, files: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: str
+) -> None:
+    """On this machine, where workers come to it, and on another, which gets images through Ray."""
+    monkeypatch.setattr("pipeline.stages.predict.PORTION", 2)
     flag = tmp_path / "killed"
-    opens = functools.partial(Mortal, files / "clean.onnx", functools.partial(once, flag, os.getpid()))
+    opens = functools.partial(MortalModel, files / "clean.onnx", functools.partial(once, flag, os.getpid()))
     wanted = Wanted(tmp_path / "out", probabilities="npy")
     with fleet.host_predictor(opens, count=1) as predictor:
+        if node == "elsewhere":
+            hosts = [replace(host, node="elsewhere") for host in fleet._hosts]
+            predictor = HostedPredictor(Turns(hosts), predictor._facts)
         assert predict(predictor, "sha", [files / "images"], wanted, fleet) == Outcome(IMAGES, 0, 0)
     assert flag.exists()
     made = masks(tmp_path / "out")
@@ -346,6 +368,18 @@ def test_ray_is_imported_for_fleets_alone(files: Path, tmp_path: Path) -> None:
         )
         assert done.returncode == code, done
         assert said in done.stderr
+
+
+def test_portions_become_smaller_towards_the_end() -> None:
+    portions, found = Portions(range(1000), 64, workers=4), []
+    while (portion := portions.next(is_alone=False)) is not None:
+        found.append(portion)
+    sizes = [len(portion.items) for portion in found]
+    assert [item for portion in found for item in portion.items] == list(range(1000))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[:8] == [64] * 8
+    assert sizes[-8:] == [1] * 8
+    assert len(sizes) < 60
 
 
 def test_portions_are_cut_and_then_tried_alone() -> None:

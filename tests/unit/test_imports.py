@@ -59,6 +59,12 @@ def test_light_modules_load_nothing_heavy() -> None:
     assert python(program) == []
 
 
+def test_what_processes_of_predict_load_is_light() -> None:
+    program = "import sys, pipeline.stages.predict; print(*{module.partition('.')[0] for module in sys.modules})"
+    (loaded,) = python(program)
+    assert not {"onnx", *HEAVY} & set(loaded.split())
+
+
 def test_the_lightest_are_light() -> None:
     wanted = {"cli", "config", "errors", "artifacts", "reports", "run", "data.dataset", "calibration.table", "printing"}
     assert {f"pipeline.{name}" for name in wanted} <= set(light_modules())

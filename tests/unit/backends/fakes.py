@@ -61,6 +61,8 @@ class FakeCuda:
     def install(self, patch: pytest.MonkeyPatch) -> FakeCuda:
         names = SimpleNamespace(
             cudaStreamNonBlocking=1,
+            cudaEventBlockingSync=1,
+            cudaEventDisableTiming=2,
             cudaMemcpyKind=SimpleNamespace(
                 cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
             ),
@@ -105,7 +107,7 @@ class FakeCuda:
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: Any) -> None:
         self.run(lambda: ctypes.memmove(target, source, size))
 
-    def cudaEventCreate(self) -> SimpleNamespace:
+    def cudaEventCreateWithFlags(self, flags: int) -> SimpleNamespace:
         return SimpleNamespace(time=0.0)
 
     def cudaEventRecord(self, event: SimpleNamespace, stream: Any) -> None:

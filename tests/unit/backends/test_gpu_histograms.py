@@ -309,7 +309,10 @@ class TestWhole:
             same(have, want)
         assert not device.live
         assert not threads()
-        for made, gone in (("cudaEventCreate", "cudaEventDestroy"), ("cudaStreamCreateWithFlags", "cudaStreamDestroy")):
+        for made, gone in (
+            ("cudaEventCreateWithFlags", "cudaEventDestroy"),
+            ("cudaStreamCreateWithFlags", "cudaStreamDestroy"),
+        ):
             assert device.calls[made] == device.calls[gone]
 
     @pytest.mark.parametrize("place", [0, 1, 4])

@@ -65,7 +65,11 @@ def drawn(count: int, size: tuple[int, int] = (SIZE, SIZE)) -> list[NDArray[np.u
 
 def balanced(gpu: FakeCuda) -> bool:
     """Whether everything made has been released."""
-    pairs = [("StreamCreateWithFlags", "StreamDestroy"), ("GraphInstantiate", "GraphExecDestroy")]
+    pairs = [
+        ("StreamCreateWithFlags", "StreamDestroy"),
+        ("EventCreateWithFlags", "EventDestroy"),
+        ("GraphInstantiate", "GraphExecDestroy"),
+    ]
     return not gpu.live and all(gpu.calls[f"cuda{made}"] == gpu.calls[f"cuda{gone}"] for made, gone in pairs)
 
 
@@ -114,6 +118,7 @@ def test_predictions_come_in_order(
             for image, result in zip(images, made.predict(images), strict=True):
                 np.testing.assert_array_equal(result.labels, image > 127)
         assert gpu.calls["cudaStreamCreateWithFlags"] == streams
+        assert (gpu.calls["cudaEventSynchronize"] > 0) == (streams > 1)  # a thread gives up its core
     assert balanced(gpu)
 
 
@@ -124,6 +129,7 @@ def test_one_image_at_a_time_needs_one_lane(gpu: FakeCuda, predictor: Callable[.
     assert gpu.calls["cudaStreamCreateWithFlags"] == 1
     assert gpu.calls["cudaMalloc"] == 2
     assert gpu.calls["cudaGraphLaunch"] == 4
+    assert not gpu.calls["cudaEventSynchronize"]  # it is waited for on the core
 
 
 def test_threads_share_the_lanes(gpu: FakeCuda, predictor: Callable[..., Predictor], network: Network) -> None:

@@ -10,14 +10,14 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
-from pipeline.artifacts import ModelCard, TensorSpec
+from pipeline.artifacts import ModelCard, TensorSpec, output_kind
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import ClassConfig, PreprocessingConfig
 from pipeline.data.preprocessing import normalise
 from pipeline.errors import ModelError
 from pipeline.graph.cleaning import clean_model
-from pipeline.graph.deployment import BakedEquality, bake, check_baked, output_kind
+from pipeline.graph.deployment import BakedEquality, bake, check_baked
 from pipeline.graph.half import to_half
 from pipeline.graph.io import read_card, write_card
 from pipeline.graph.placement import quantizable_tensors
