@@ -13,8 +13,9 @@ from tests.results import content, numbers, shown, table_rows
 
 DOCS = REPOSITORY / "docs"
 NAMED = re.compile(r"benchmarks/results/([\w.-]+\.json)")
-# Three decimals at least: rounder ones agree with anything. Differences, with a sign or "less", are computed.
-PRECISE = re.compile(r"(?<![\w.+-])(\d+\.\d{3,})(?![\w.])(?! ms less)")
+# Three decimals at least: rounder ones agree with anything; with more than six nothing was measured. Differences, with a
+# sign or "less", are computed.
+PRECISE = re.compile(r"(?<![\w.+-])(\d+\.\d{3,6})(?![\w.])(?! ms less)")
 # Shares are shown as percentages, and some times of a batch of 8 for one image.
 SCALES = (1, 100, 1 / 8)
 UNET = "2026-11-21-h200-performance-2.json"
@@ -28,7 +29,7 @@ PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-2.json", "2026-11-22-h200-pr
 
 def figures() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Page, figure of a table, and the results that its section names, or else the page."""
-    for name in ("benchmark.md", "performance.md", "predicting.md"):
+    for name in ("benchmark.md", "deploying.md", "driving.md", "performance.md", "predicting.md", "wts.md"):
         page = (DOCS / name).read_text(encoding="utf-8")
         for section in re.split(r"\n(?=## )", page):
             table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
