@@ -23,7 +23,7 @@ CAMVID = "2026-11-21-h200-shared.json"
 CAMVID_FP32 = "2026-11-21-h200-tensorrt-8.6.0.json"
 VIDEO = "2026-11-22-h200-video.json"
 TOGETHER = "2026-11-22-h200-benchmark-camvid.json"
-FLEET = "2026-11-22-h200-fleet.json"
+FLEET, FLEET_2 = "2026-11-22-h200-fleet.json", "2026-11-22-h200-fleet-2.json"
 PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-2.json", "2026-11-22-h200-predict.json"
 
 
@@ -137,6 +137,10 @@ def test_two_gpus() -> None:
         assert (row["1 GPU, 7 workers"], row["2 GPUs, 14 workers"]) == (f"{first:.0f}", f"{second:.0f}")
         assert row["times"] == f"{stored['scaling'][kind]:.2f}"
     assert (one["workers"], two["workers"], stored["equal_masks"]) == (7, 14, True)
+    page = " ".join((DOCS / "scale.md").read_text(encoding="utf-8").split())
+    few, many = (content(FLEET_2)[f"{count} workers a GPU"]["rows"] for count in (11, 15))
+    rates = [f"{each[gpus]['png']['images_per_second']:.0f}" for gpus in (0, 1) for each in (few, many)]
+    assert "files came to {} and {} images a second on one GPU, {} and {} on two".format(*rates) in page
 
 
 def test_predicting() -> None:
