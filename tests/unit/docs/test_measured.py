@@ -13,7 +13,7 @@ from tests.results import content, numbers, shown, table_rows
 
 DOCS = REPOSITORY / "docs"
 NAMED = re.compile(r"benchmarks/results/([\w.-]+\.json)")
-# Three decimals at least: rounder ones agree with anything; with more than six nothing was measured. Differences, with a
+# Three decimals at least: rounder ones agree with anything; more than six are no measurement. Differences, with a
 # sign or "less", are computed.
 PRECISE = re.compile(r"(?<![\w.+-])(\d+\.\d{3,6})(?![\w.])(?! ms less)")
 # Shares are shown as percentages, and some times of a batch of 8 for one image.
