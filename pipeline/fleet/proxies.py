@@ -124,12 +124,11 @@ class HostedPredictor(Closing):
         """A way to a host's model; None where there is none."""
         with self._lock:
             if host not in self._visits:
-                self._visits[host] = None
-                if host.node == node_here():
-                    try:
-                        self._visits[host] = Visited(host, self._facts.there)
-                    except (OSError, EOFError, AuthenticationError) as error:
-                        log.info("images go through Ray, since the host beside cannot be visited: %s", error)
+                try:
+                    self._visits[host] = Visited(host, self._facts.there) if host.node == node_here() else None
+                except (OSError, EOFError, AuthenticationError) as error:
+                    log.info("images go through Ray, since the host beside cannot be visited: %s", error)
+                    self._visits[host] = None
             return self._visits[host]
 
 
