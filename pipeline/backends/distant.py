@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
+import pickle
+import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import Profile, TensorSpec
 from pipeline.backends.base import Arrays
 from pipeline.closing import Closing
+from pipeline.errors import ModelError
 
 # What comes of every array of a batch, valid until the next; called on several threads.
 Model = Callable[[Iterable[NDArray[Any]]], Generator[NDArray[Any], None, None]]
@@ -38,29 +42,41 @@ class SharedMemory(Closing):
     """Memory without a file name, which grows as it is needed and goes with the last process that has it.
 
     Args:
-        descriptor: of what another process has made; default: new memory. Closed with this.
+        descriptor: of what another process has made; default: new memory. Closed with this, or with its last reference.
 
     Raises:
         OSError: the system refuses.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
-        self.descriptor = os.memfd_create("unet-trt") if descriptor is None else descriptor
+        if descriptor is None:
+            if not hasattr(os, "memfd_create"):  # Linux has it, but not every Python that was built for Linux
+                raise OSError(errno.ENOSYS, "this Python has no os.memfd_create")
+            descriptor = os.memfd_create("unet-trt")
+        self.descriptor = descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
         self._map: mmap.mmap | None = None
 
     def array(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        """Its beginning as an array, which lives as long as it is held; one process at a time may ask for more."""
+        """Its beginning as an array, which lives as long as it is held; one process at a time may ask for more.
+
+        Raises:
+            MemoryError: there is not so much.
+        """
         count = int(np.prod(shape))
         size = max(1, count * np.dtype(dtype).itemsize)
         if self._map is None or len(self._map) < size:
-            if os.fstat(self.descriptor).st_size < size:
-                os.ftruncate(self.descriptor, size)
-            self._map = mmap.mmap(self.descriptor, size)
+            try:
+                if os.fstat(self.descriptor).st_size < size:
+                    os.ftruncate(self.descriptor, size)
+                self._map = mmap.mmap(self.descriptor, size)
+            except OSError as error:
+                raise MemoryError(f"{size} bytes to share with another process: {error.strerror}") from error
         array: NDArray[Any] = np.frombuffer(self._map, dtype, count).reshape(shape)
         return array
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self._close()
 
 
 class DistantRunner(Closing):
@@ -86,7 +102,7 @@ class DistantRunner(Closing):
         try:
             self._connection.send((batch.shape, batch.dtype.str))
             answer = self._connection.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise ConnectionResetError("the process that runs the model has ended") from error
         if isinstance(answer, Exception):
             raise answer
@@ -103,8 +119,17 @@ def answer(connection: Connection, given: SharedMemory, taken: SharedMemory, mod
             try:
                 told: Any = _told(model, given.array(*batch), taken)
             except Exception as error:  # raised where the batch came from
-                told = error
+                told = _sendable(error)
             connection.send(told)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or what it says where it cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return ModelError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _told(model: Model, batch: NDArray[Any], taken: SharedMemory) -> tuple[tuple[int, ...], str]:

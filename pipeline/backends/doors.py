@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
@@ -16,6 +19,7 @@ from pipeline.closing import Closing
 KEY_BYTES = 32
 # Processes that may come at once.
 WAITING = 128
+PAUSE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,40 @@ class Door:
         self.address = Address(f"\0unet-trt-{secrets.token_hex(16)}", secrets.token_bytes(KEY_BYTES))
         self._model = model
         self._listener = Listener(self.address.name, "AF_UNIX", backlog=WAITING)
-        threading.Thread(target=self._welcome, name="door", daemon=True).start()
+        try:
+            _start("door", self._welcome)
+        except OSError:
+            self._listener.close()
+            raise
 
     def _welcome(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # they have gone away again
+            try:
                 connection = self._listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), name="visitor", daemon=True).start()
+            except OSError:  # they have gone away again, or this process has no descriptor to spare
+                time.sleep(PAUSE_SECONDS)
+                continue
+            try:
+                _start("visitor", self._serve, connection)
+            except OSError:
+                connection.close()
 
     def _serve(self, connection: Connection) -> None:
-        with contextlib.suppress(OSError, EOFError, AuthenticationError), contextlib.ExitStack() as stack:
+        # Of recv_handle: RuntimeError, where this process has no descriptor to spare.
+        with contextlib.suppress(OSError, EOFError, AuthenticationError, RuntimeError), contextlib.ExitStack() as stack:
             stack.enter_context(connection)
             deliver_challenge(connection, self.address.key)
             answer_challenge(connection, self.address.key)
             given, taken = (stack.enter_context(SharedMemory(recv_handle(connection))) for _ in range(2))
             answer(connection, given, taken, self._model)
+
+
+def _start(name: str, target: Callable[..., None], *arguments: object) -> None:
+    """A thread; raises OSError where the system starts no more."""
+    try:
+        threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
 
 
 class Visit(Closing):
@@ -69,7 +92,9 @@ class Visit(Closing):
         runner: stands for the model.
 
     Raises:
-        OSError, EOFError, AuthenticationError: the door's process has ended, or is on another machine.
+        ConnectionError, EOFError: the door's process has ended.
+        OSError: it is on another machine, or this system shares no memory.
+        AuthenticationError, ValueError: another key; no way to prove one, as OpenSSL is set up.
     """
 
     def __init__(self, address: Address, model: DistantModel) -> None:

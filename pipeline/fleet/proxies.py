@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import AuthenticationError
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.backends.doors import Visit
+from pipeline.backends.doors import Address, Visit
 from pipeline.closing import Closing
 from pipeline.data.pixels import Picture
 from pipeline.fleet.answers import Raised
@@ -22,6 +23,8 @@ from pipeline.fleet.hosts import Host, PredictorFacts, RunnerFacts
 from pipeline.predictor import Allocate, Apart, Prediction, in_memory
 
 log = logging.getLogger(__name__)
+# Failed visits that are taken for chance.
+REFUSALS = 3
 
 
 class Turns:
@@ -55,11 +58,11 @@ class Visited(Closing):
     """A predictor by a host's model, which is on this machine.
 
     Raises:
-        OSError, EOFError, AuthenticationError: there is no way to it.
+        As ``Visit``.
     """
 
-    def __init__(self, host: Host, there: Apart) -> None:
-        self._visit = Visit(asked(host, "door"), there.model)
+    def __init__(self, address: Address, there: Apart) -> None:
+        self._visit = Visit(address, there.model)
         self.predictor = there.opened(self._visit.runner)
 
     def close(self) -> None:
@@ -83,6 +86,7 @@ class HostedPredictor(Closing):
         self.card, self.sha256, self.batch, self.streams = facts.card, facts.sha256, facts.batch, facts.streams
         self._turns, self._facts, self._release = turns, facts, release
         self._visits: dict[Host, Visited | None] = {}
+        self._refusals: Counter[Host] = Counter()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -124,10 +128,18 @@ class HostedPredictor(Closing):
         """A way to a host's model; None where there is none."""
         with self._lock:
             if host not in self._visits:
+                if host.node != node_here():
+                    self._visits[host] = None
+                    return None
                 try:
-                    self._visits[host] = Visited(host, self._facts.there) if host.node == node_here() else None
-                except (OSError, EOFError, AuthenticationError) as error:
+                    address = asked(host, "door")
+                    self._visits[host] = Visited(address, self._facts.there)
+                except (OSError, EOFError, AuthenticationError, ValueError) as error:
                     log.info("images go through Ray, since the host beside cannot be visited: %s", error)
+                    self._refusals[host] += 1
+                    # One that has just ended is there again with the next images, at another address.
+                    if isinstance(error, (ConnectionError, EOFError)) and self._refusals[host] < REFUSALS:
+                        return None
                     self._visits[host] = None
             return self._visits[host]
 

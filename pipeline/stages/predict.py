@@ -152,7 +152,7 @@ def predict(
 
 def helpers_for(given: Sequence[str | Path], folder: Path, count: int | None = None) -> Processes | None:
     """Processes for ``predict`` with a model that leaves this machine's cores free; None where threads do as well,
-    and where the system has no memory without a file name (Linux has).
+    and where Python has no memory without a file name (``os.memfd_create``).
 
     Args:
         count: of processes; 0 for none. Default: one a core, where there are several and images enough.

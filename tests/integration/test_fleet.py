@@ -126,9 +126,15 @@ class Mortal(Predictor):
 class MortalModel(Predictor):
     """Ends its process, which others have come to, where ``ends`` says so."""
 
-    def __init__(self, model: Path, ends: Callable[[Sequence[Any]], bool]) -> None:
+    def __init__(self, model: Path, ends: Callable[[Sequence[Any]], bool], through_ray: Path) -> None:
         super().__init__(model)
-        self.ends = ends
+        self.ends, self.through_ray = ends, through_ray
+
+    def predict(self, images: Sequence[Any], **options: Any) -> list[Prediction]:
+        """Of images that came through Ray."""
+        with self.through_ray.open("a") as file:
+            file.write("." * len(images))
+        return super().predict(images, **options)
 
     def _outputs(self, patches: Iterable[Any]) -> Generator[Any, None, None]:
         if self.ends([]):
@@ -210,7 +216,9 @@ def test_a_hosted_model_that_dies_is_opened_again(
     """On this machine, where workers come to it, and on another, which gets images through Ray."""
     monkeypatch.setattr("pipeline.stages.predict.PORTION", 2)
     flag = tmp_path / "killed"
-    opens = functools.partial(MortalModel, files / "clean.onnx", functools.partial(once, flag, os.getpid()))
+    ends, through_ray = functools.partial(once, flag, os.getpid()), tmp_path / "through_ray"
+    through_ray.touch()
+    opens = functools.partial(MortalModel, files / "clean.onnx", ends, through_ray)
     wanted = Wanted(tmp_path / "out", probabilities="npy")
     with fleet.host_predictor(opens, count=1) as predictor:
         if node == "elsewhere":
@@ -218,6 +226,8 @@ def test_a_hosted_model_that_dies_is_opened_again(
             predictor = HostedPredictor(Turns(hosts), predictor._facts)
         assert predict(predictor, "sha", [files / "images"], wanted, fleet) == Outcome(IMAGES, 0, 0)
     assert flag.exists()
+    # Beside the host, only what was under way when it died.
+    assert (through_ray.stat().st_size >= IMAGES) == (node == "elsewhere")
     made = masks(tmp_path / "out")
     assert {name: made[name] for name in masks(alone)} == masks(alone)
     assert np.load(tmp_path / "out" / "00_probabilities.npy").shape == (3, 36, 40)

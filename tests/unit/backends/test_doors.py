@@ -16,9 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.artifacts import TensorSpec
-from pipeline.backends.distant import DistantModel
+from pipeline.backends.distant import DistantModel, SharedMemory
 from pipeline.backends.doors import Address, Visit
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, ModelError
 from tests.conftest import REPOSITORY
 
 MODEL = DistantModel(
@@ -27,11 +27,13 @@ MODEL = DistantModel(
 
 
 def model(arrays: Iterable[NDArray[Any]]) -> Generator[NDArray[Any], None, None]:
-    """The sum three times; fails at 13, and ends its process at 666."""
+    """The sum three times; fails at 13, in a way that cannot be pickled at 14, and ends its process at 666."""
     for array in arrays:
         total = array.sum()
         if total == 13:
             raise EngineError("thirteen", fix="another number")
+        if total == 14:
+            raise OSError(lambda: None)
         if total == 666:
             os._exit(1)
         yield np.full(3, total, np.float32)
@@ -79,6 +81,8 @@ def test_what_the_model_raises_is_raised_and_the_way_stays(address: Address) -> 
             with pytest.raises(EngineError, match="thirteen") as caught:
                 asked(visit, 1, 13)
             assert caught.value.fix == "another number"
+            with pytest.raises(ModelError, match="OSError"):
+                asked(visit, 14)
             assert asked(visit, 7)[0, 0] == 7
 
 
@@ -87,6 +91,21 @@ def test_the_end_of_the_other_side_shows_as_such(address: Address) -> None:
         for _ in range(2):
             with pytest.raises(ConnectionError):
                 asked(visit, 666)
+
+
+def test_a_python_without_memory_to_share_says_so(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.memfd_create")
+    with pytest.raises(OSError, match="memfd_create"):
+        Visit(address, MODEL)
+
+
+def test_memory_goes_with_its_last_reference() -> None:
+    memory = SharedMemory()
+    descriptor = memory.descriptor
+    assert memory.array((3,), "<f4").size == 3
+    del memory
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(descriptor)
 
 
 def test_nobody_comes_in_without_the_key_or_after_the_process(address: Address) -> None:
