@@ -212,6 +212,9 @@ class CleanConfig(Strict):
     output: Literal["logits", "labels", "probabilities"] = Field(
         "logits", description="labels: uint8 (N, H, W); probabilities: softmax over the classes"
     )
+    equalize: int = Field(
+        0, ge=0, description="calibration images by which a tensor's channels get like ranges, for INT8; 0: as they are"
+    )
 
 
 class CalibrateConfig(Strict):
@@ -535,6 +538,8 @@ class Config(Strict):
             raise ValueError("engine.source: network-api needs a TensorRT, not backend: onnxruntime")
         if self.engine.input_bits > 8:
             raise ValueError("engine.source: network-api takes the image in 8 bits alone, so no engine.input_bits")
+        if self.clean.equalize:
+            raise ValueError("engine.source: network-api takes the weights as they are, so no clean.equalize")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -107,11 +107,11 @@ class Run:
         )
 
     def clean(self) -> Path:
-        """The cleaned ONNX file."""
+        """The cleaned ONNX file, equalized where the config wants it."""
         from pipeline.stages.clean import clean
 
         raw = self.export()
-        return (
+        cleaned = (
             self._kept.stage(
                 "clean",
                 lambda folder: clean(
@@ -123,9 +123,36 @@ class Run:
                     input=self.config.clean.input,
                     output=self.config.clean.output,
                 ),
-                config=[self.config.clean, self.config.engine.profile],
+                # What equalizing adds is a stage of its own.
+                config=[self.config.clean.model_copy(update={"equalize": 0}), self.config.engine.profile],
                 parents={"raw": hash_of(raw)},
                 tools=("onnx", "onnx-graphsurgeon", "onnxruntime"),
+            )
+            / "model.onnx"
+        )
+        return self._equalized(cleaned) if self.config.clean.equalize else cleaned
+
+    def _equalized(self, cleaned: Path) -> Path:
+        from pipeline.stages.equalize import equalize
+
+        config = self.config
+        images = open_dataset(config.data, config.preprocessing, "calibration").choose(
+            config.clean.equalize, config.calibrate.seed
+        )
+        return (
+            self._kept.stage(
+                "equalize",
+                lambda folder: equalize(
+                    cleaned,
+                    images,
+                    config.preprocessing,
+                    folder / "model.onnx",
+                    folder / "report.json",
+                    config.clean.tolerance,
+                ),
+                config=[config.clean.tolerance, config.preprocessing],
+                parents={"clean": hash_of(cleaned), "images": images.fingerprint()},
+                tools=("numpy", "onnxruntime"),
             )
             / "model.onnx"
         )

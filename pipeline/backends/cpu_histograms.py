@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -35,25 +35,36 @@ def cpu_histograms(
         CalibrationError: NaN or infinite activations.
         ModelError: a graph that ONNX Runtime cannot load or run.
     """
-    (source,) = (spec.name for spec in model_inputs(model))
     histograms = {tensor: Histogram(tensor) for tensor in tensors}
     unions = concatenations(model, tensors)
+    for image, tensor, values in activations(model, [tensor for tensor in tensors if tensor not in unions], images):
+        histograms[tensor].add(values, image)
+    merge_concatenated(histograms, unions)
+    return list(histograms.values())
+
+
+def activations(
+    model: ModelProto, tensors: Sequence[str], images: Iterable[tuple[str, NDArray[Any]]]
+) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """Name of the image, of the tensor, and what it holds: of every tensor, on one image after the other.
+
+    Args, memory, raises ModelError: as ``cpu_histograms``.
+    """
+    (source,) = (spec.name for spec in model_inputs(model))
     chain: list[tuple[Segment, OnnxRuntimeRunner]] = []
     with ExitStack() as stack:
         for image, x in images:
             if not chain:
-                observed = [tensor for tensor in tensors if tensor != source and tensor not in unions]
+                observed = [tensor for tensor in tensors if tensor != source]
                 for segment in split(model, observed, {source: x.shape}, SEGMENT_BYTES):
                     # Optimising needs more memory here and is no faster: with every tensor an output, little fuses.
                     runner = OnnxRuntimeRunner(segment.model.SerializeToString(), optimize=False, arena=False)
                     chain.append((segment, stack.enter_context(runner)))
-            if source in histograms:
-                histograms[source].add(x, image)
+            if source in tensors:
+                yield image, source, x
             alive: dict[str, NDArray[Any]] = {source: x}
             for segment, runner in chain:
                 alive |= runner({spec.name: alive[spec.name] for spec in runner.inputs})
                 for tensor in segment.observed:
-                    histograms[tensor].add(alive[tensor], image)
+                    yield image, tensor, alive[tensor]
                 alive = {name: values for name, values in alive.items() if name in segment.carried}
-    merge_concatenated(histograms, unions)
-    return list(histograms.values())

@@ -157,6 +157,10 @@ def test_only_what_changed_runs_again(project: Project, unet_trt: Command) -> No
     assert stages(other, ": running") == changed
 
     build = project.root / "working" / "build" / "tiny"
+    equal = unet_trt("validate", "-c", project.config, "--set", "clean.equalize=3", "-p", "int8")
+    assert stages(equal, ": running") == {"equalize", "calibrate", "engine/int8", "validate/int8"}
+    assert len(load(build / "equalize" / "report.json")["images"]) == 3
+
     (build / "clean" / "model.onnx").write_bytes(b"edited")
     healed = unet_trt("run", "-c", project.config, "--set", "calibrate.algorithm=minmax")
     assert healed.code == 0
