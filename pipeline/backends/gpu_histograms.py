@@ -35,8 +35,8 @@ from pipeline.calibration.histogram import (
 )
 from pipeline.closing import Closing
 from pipeline.config import EngineConfig
-from pipeline.errors import CalibrationError, EngineError, ModelError, PipelineError, UnsupportedError
-from pipeline.graph.io import load_model, model_inputs, save_model
+from pipeline.errors import CalibrationError, EngineError, PipelineError, UnsupportedError
+from pipeline.graph.io import image_input, load_model, save_model
 from pipeline.graph.placement import concatenations
 from pipeline.graph.shapes import element_type, infer
 
@@ -86,11 +86,7 @@ def gpu_histograms(
     """
     trt = _require()
     model = load_model(clean)
-    inputs = model_inputs(model)
-    if len(inputs) != 1:
-        raise ModelError(
-            f"{clean} has {len(inputs)} inputs", expected="one image input", got=", ".join(s.name for s in inputs)
-        )
+    source = image_input(model, clean)
     unions = concatenations(model, tensors)
     parts = [tensor for tensor in tensors if tensor not in unions]
     histograms = {tensor: Histogram(tensor) for tensor in tensors}
@@ -100,8 +96,8 @@ def gpu_histograms(
             raise CalibrationError(
                 "there are no calibration images", expected="at least one", fix="check data.calibration"
             )
-        _check_fits(inputs[0], first)
-        plan = _observing_engine(model, parts, inputs[0], first[1].shape, config)
+        _check_fits(source, first)
+        plan = _observing_engine(model, parts, source, first[1].shape, config)
         with EngineRunner(trt, plan) as runner:
             for histogram in _collect(runner, parts, first, ahead):
                 histograms[histogram.tensor] = histogram

@@ -207,6 +207,20 @@ def model_inputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
     return _specs(value for value in model.graph.input if value.name not in fixed)
 
 
+def image_input(model: onnx.ModelProto, file: Path) -> TensorSpec:
+    """The one input of a model that was read from this file.
+
+    Raises:
+        ModelError: it has more, or none.
+    """
+    specs = model_inputs(model)
+    if len(specs) != 1:
+        raise ModelError(
+            f"{file} has {len(specs)} inputs", expected="one image input", got=", ".join(spec.name for spec in specs)
+        )
+    return specs[0]
+
+
 def model_outputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
     return _specs(model.graph.output)
 

@@ -25,8 +25,8 @@ from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, Refin
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
 from pipeline.data.dataset import Dataset, Sample
-from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, DataError, ModelError
-from pipeline.graph.io import load_model, model_inputs, read_card, sha256_model
+from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, DataError
+from pipeline.graph.io import image_input, load_model, read_card, sha256_model
 from pipeline.graph.placement import activation_tensors
 from pipeline.progress import track
 from pipeline.selection import kept, try_algorithms
@@ -87,11 +87,7 @@ def calibrate(
     started = time.perf_counter()
     engine = engine or EngineConfig()
     model = load_model(clean)
-    specs = model_inputs(model)
-    if len(specs) != 1:
-        raise ModelError(
-            f"{clean} has {len(specs)} inputs", expected="one image input", got=", ".join(spec.name for spec in specs)
-        )
+    source = image_input(model, clean)
     card = read_card(model)
     if config.algorithm == "auto" and card is not None and card.task != "segmentation":
         raise CalibrationError(
@@ -100,7 +96,7 @@ def calibrate(
             fix="name an algorithm: entropy, minmax, percentile or mse",
         )
     tensors = activation_tensors(model)
-    images = _Images(samples, specs[0], preprocessing, validation or {}, config)
+    images = _Images(samples, source, preprocessing, validation or {}, config)
     calibrator = resolve_calibrator(config.calibrator)
     if config.refine_steps:
         from pipeline.refinement import check_refinable
@@ -116,7 +112,7 @@ def calibrate(
         from pipeline.backends.tensorrt import calibrate_with_tensorrt
 
         algorithm: Algorithm = "minmax" if config.algorithm == "minmax" else "entropy"
-        table = calibrate_with_tensorrt(clean, ({specs[0].name: x} for _, x in images.read()), algorithm, engine)
+        table = calibrate_with_tensorrt(clean, ({source.name: x} for _, x in images.read()), algorithm, engine)
         ranges = [TensorRange(tensor, amax, len(images.names)) for tensor, amax in table.amax.items()]
     else:
         if calibrator == "gpu":

@@ -20,7 +20,7 @@ from pipeline.config import PreprocessingConfig
 from pipeline.data.dataset import Dataset
 from pipeline.errors import CalibrationError, CheckFailed, ModelError
 from pipeline.graph.equalization import STRENGTH, chains, equalized
-from pipeline.graph.io import load_model, model_inputs, save_model, sha256_model, staged
+from pipeline.graph.io import image_input, load_model, save_model, sha256_model, staged
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +81,7 @@ def equalize(
     """
     started = time.perf_counter()
     model = load_model(clean)
-    specs = model_inputs(model)
-    if len(specs) != 1:
-        raise ModelError(
-            f"{clean} has {len(specs)} inputs", expected="one image input", got=", ".join(spec.name for spec in specs)
-        )
+    source = image_input(model, clean)
     found = chains(model)
     if not found:
         raise ModelError(
@@ -98,7 +94,7 @@ def equalize(
 
     def feeds() -> Iterator[tuple[str, NDArray[Any]]]:
         for sample in samples:
-            yield sample.name, feed_image(specs[0], sample.image, preprocessing, sample.name)[specs[0].name]
+            yield sample.name, feed_image(source, sample.image, preprocessing, sample.name)[source.name]
 
     ranges: dict[str, NDArray[np.float32]] = {}
     for _, tensor, values in activations(model, [chain.tensor for chain in found], feeds()):

@@ -24,6 +24,7 @@ from pipeline.backends.tensorrt import TensorrtBuilder
 from pipeline.calibration.histogram import BINS, EXPONENT_OF_BINS, SMALLEST_EXPONENT, Histogram
 from pipeline.config import EngineConfig
 from pipeline.errors import CalibrationError, EngineError, ModelError, UnsupportedError
+from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import concatenations
 from pipeline.graph.quantize import activation_tensors
 from tests.tiny_unet import images, save, tiny_unet
@@ -438,7 +439,7 @@ class TestEngine:
         return made
 
     def build(self, model, tensors, shape):
-        (source,) = gpu.model_inputs(model)
+        (source,) = model_inputs(model)
         return gpu._observing_engine(model, tensors, source, shape, EngineConfig(workspace_mib=7, tf32=True))
 
     def test_every_tensor_is_an_output(self, requests):
