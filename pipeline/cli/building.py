@@ -95,7 +95,7 @@ def clean(
         chosen = [*(overrides or []), *(f"clean.{key}={value}" for key, value in given.items())]
         with open_run(load_settings(config, chosen), build_dir, force) as work:
             output = work.clean()
-        result = from_json(CleaningReport, output.with_name("report.json"))
+            result = from_json(CleaningReport, work.folder / "clean" / "report.json")
     else:
         without_config(model, config, overrides)
         output = required(output, "-o CLEAN.onnx")

@@ -157,8 +157,11 @@ def test_only_what_changed_runs_again(project: Project, unet_trt: Command) -> No
     assert stages(other, ": running") == changed
 
     build = project.root / "working" / "build" / "tiny"
-    equal = unet_trt("validate", "-c", project.config, "--set", "clean.equalize=3", "-p", "int8")
-    assert stages(equal, ": running") == {"equalize", "calibrate", "engine/int8", "validate/int8"}
+    equal = unet_trt("clean", "-c", project.config, "--set", "clean.equalize=3")
+    assert stages(equal, ": running") == {"equalize"}
+    assert equal.out.strip().endswith("equalize/model.onnx")
+    judged = unet_trt("validate", "-c", project.config, "--set", "clean.equalize=3", "-p", "int8", "--layers")
+    assert stages(judged, ": running") == {"calibrate", "engine/int8", "layers/int8"}
     assert len(load(build / "equalize" / "report.json")["images"]) == 3
 
     (build / "clean" / "model.onnx").write_bytes(b"edited")
