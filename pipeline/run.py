@@ -136,9 +136,7 @@ class Run:
         from pipeline.stages.equalize import equalize
 
         config = self.config
-        images = open_dataset(config.data, config.preprocessing, "calibration").choose(
-            config.clean.equalize, config.calibrate.seed
-        )
+        images = self._calibration(config.clean.equalize)
         return (
             self._kept.stage(
                 "equalize",
@@ -163,9 +161,7 @@ class Run:
         from pipeline.stages.calibrate import calibrate, content_hashes, resolve_calibrator
 
         cleaned, config = self.clean(), self.config.calibrate
-        images = open_dataset(self.config.data, self.config.preprocessing, "calibration").choose(
-            config.images, config.seed
-        )
+        images = self._calibration(config.images)
         validation = self._validation()
         calibrator = resolve_calibrator(config.calibrator)
         tools = ("numpy", "onnxruntime", *(() if calibrator == "cpu" else ("tensorrt",)))
@@ -642,6 +638,11 @@ class Run:
             self._build(self.clean(), precision, self._settings(precision), Path(folder), tuple(tensors))
             with load_engine(Path(folder) / "model.engine") as runner:
                 yield runner
+
+    def _calibration(self, count: int) -> Dataset:
+        """So many images of the calibration split, the same ones each time."""
+        split = open_dataset(self.config.data, self.config.preprocessing, "calibration")
+        return split.choose(count, self.config.calibrate.seed)
 
     def _validation(self) -> Dataset:
         dataset = open_dataset(self.config.data, self.config.preprocessing, "validation")

@@ -18,6 +18,7 @@ from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.config import ProfileRange
 from pipeline.errors import ModelError
 from pipeline.graph.io import model_inputs
+from pipeline.graph.placement import groups
 from pipeline.graph.promises import read_multiples
 
 log = logging.getLogger(__name__)
@@ -214,8 +215,7 @@ def _channels(model: ModelProto) -> int | None:
     weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Conv" and len(node.input) > 1 and node.input[1] in weights:
-            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-            return int(weights[node.input[1]][1] * groups)
+            return int(weights[node.input[1]][1] * groups(node))
     return None
 
 

@@ -9,7 +9,6 @@ import os
 import pickle
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -134,7 +133,7 @@ def _sendable(error: Exception) -> Exception:
 
 def _told(model: Model, batch: NDArray[Any], taken: SharedMemory) -> tuple[tuple[int, ...], str]:
     kept: NDArray[Any] | None = None
-    with closing(model(batch)) as outputs:
+    with contextlib.closing(model(batch)) as outputs:
         for index, output in enumerate(outputs):
             if kept is None:
                 kept = taken.array((batch.shape[0], *output.shape), output.dtype.str)

@@ -17,18 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from pipeline.graph.base import STANDARD
-from pipeline.graph.placement import CHANNEL_AXES, is_convolution
+from pipeline.graph.placement import CHANNEL_AXES, STANDARD, groups, is_convolution
 from pipeline.graph.shapes import infer
 
 ACTIVATIONS = ("LeakyRelu", "PRelu", "Relu")
 # Operators that give a positive multiple of their output for the same multiple of their input, channel by channel.
-PASSING = (*ACTIVATIONS, "AveragePool", "MaxPool", "Pad", "Resize")
+HOMOGENEOUS = (*ACTIVATIONS, "AveragePool", "MaxPool", "Pad", "Resize")
 # The exponent: 0 leaves channels as they are, 1 gives all of them the largest one's range.
 STRENGTH = 0.5
 # Of the largest channel's range: smaller ones, of dead channels too, are taken for it.
 FLOOR = 1 / 16
-READS = {"Conv": 1, "ConvTranspose": 0}  # the axis of a weight that its input's channels lie along
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def equalized(
             weights[node.input[2]] /= factor
         for name, first in chain.readers:
             reader = graph.nodes[name]
-            axis, weight = READS[reader.op_type], weights[reader.input[1]]
+            axis, weight = 1 - CHANNEL_AXES[reader.op_type], weights[reader.input[1]]
             part = (slice(None),) * axis + (slice(first, first + len(factor)),)
             weight[part] *= _along(factor, axis, weight.ndim)
     result = ModelProto()
@@ -124,7 +122,7 @@ class _Graph:
     def chains(self) -> tuple[Chain, ...]:
         found = []
         for node in self.nodes.values():
-            if self._is_known(node) and (node.op_type == "Conv" or _groups(node) == 1):
+            if self._is_known(node) and (node.op_type == "Conv" or groups(node) == 1):
                 readers = self._reached(node.output[0], 0)
                 if readers:
                     found.append(Chain(node.name, self._shown(node.output[0]), tuple(readers)))
@@ -145,7 +143,7 @@ class _Graph:
             return None
         found: list[tuple[str, int]] = []
         for node, place in self.readers.get(tensor, []):
-            if place == 0 and self._is_known(node) and _groups(node) == 1:
+            if place == 0 and self._is_known(node) and groups(node) == 1:
                 found.append((node.name, first))
                 continue
             start = self._start(node, place)
@@ -164,7 +162,7 @@ class _Graph:
             before = [self.channels.get(name) for name in node.input[:place]]
             joins_channels = attributes["axis"].i == 1
             return sum(size or 0 for size in before) if joins_channels and all(before) else None
-        if node.op_type not in PASSING or place != 0:
+        if node.op_type not in HOMOGENEOUS or place != 0:
             return None
         same = self.channels.get(node.input[0]) == self.channels.get(node.output[0]) is not None
         if node.op_type == "Pad":
@@ -174,7 +172,3 @@ class _Graph:
             mode = attributes.get("coordinate_transformation_mode")
             same &= mode is None or mode.s != b"tf_crop_and_resize"  # which fills what lies outside
         return 0 if same else None
-
-
-def _groups(node: NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)

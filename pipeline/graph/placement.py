@@ -103,6 +103,11 @@ def is_convolution(node: NodeProto) -> bool:
     return node.op_type in CHANNEL_AXES and node.domain in STANDARD
 
 
+def groups(node: NodeProto) -> int:
+    """Of a convolution."""
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+
+
 def quantizable(model: ModelProto, exclude: Sequence[str]) -> list[NodeProto]:
     """Convolutions with constant weights that ``exclude`` does not name.
 

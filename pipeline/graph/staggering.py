@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from pipeline.graph.placement import PASSING, is_convolution
+from pipeline.graph.placement import PASSING, groups, is_convolution
 from pipeline.graph.scales import weight_scales
 from pipeline.graph.shapes import all_names, unique
 
@@ -62,8 +62,7 @@ class _Stagger:
     def widen(self, node: NodeProto) -> None:
         """Let a convolution read the copies, with n-ths of its weights for each; where it can."""
         image, weights = self.pair(node.input[0]), self.pair(node.input[1])
-        groups = [attribute.i for attribute in node.attribute if attribute.name == "group"]
-        if node.op_type != "Conv" or image is None or weights is None or groups not in ([], [1]):
+        if node.op_type != "Conv" or image is None or weights is None or groups(node) != 1:
             return
         name, scale_name, zero_name = weights[0].input
         source = self.producers.get(image[0].input[0])
