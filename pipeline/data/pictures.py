@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.config import ClassConfig
 from pipeline.data.preprocessing import Pixels
@@ -20,6 +21,8 @@ GREY, RGB, PALETTE = 0, 2, 3
 NONE, SUB = 0, 1
 # Blended and compressed at a time.
 PIXELS = 1 << 20
+# Of so many, comparing a mask of so many pixels with each takes a fraction of the time of a histogram.
+FEW_CLASSES = 16
 
 
 def palette(classes: Sequence[ClassConfig], void: int | None = None) -> Pixels:
@@ -29,6 +32,13 @@ def palette(classes: Sequence[ClassConfig], void: int | None = None) -> Pixels:
     if void is not None:
         table[void] = 0
     return table
+
+
+def label_counts(mask: Pixels, classes: int) -> list[int]:
+    """Pixels of each class id below ``classes``, at most 256, in a label map."""
+    if classes > FEW_CLASSES or mask.size > PIXELS:
+        return Image.fromarray(mask).histogram()[:classes]
+    return [int(np.count_nonzero(mask == one)) for one in range(classes)]
 
 
 def mask_png(mask: Pixels, colours: Pixels) -> bytes:

@@ -97,16 +97,18 @@ class Fleet(Closing):
         name: Callable[[T], str] = str,
         writes: Path | None = None,
         on_gpu: bool = False,
+        seconds: float | None = None,
     ) -> Generator[Part[T, R], None, None]:
         """Every item once, in portions, in the order in which they are finished.
 
         Args:
             function: pickled; each worker opens it once. Errors that it raises are raised here.
-            size: items of a portion, the largest; on GPUs of all but the last.
+            size: items of a portion, the largest; on GPUs of all but the last; with ``seconds``, of the first ones.
             what: is done, for the display.
             name: of an item, for messages.
             writes: a folder that all workers write to; checked first.
             on_gpu: give each worker a GPU of its own.
+            seconds: that portions should take, as soon as it is seen how long items do.
 
         Raises:
             PipelineError: as the function, or its opening, raised it.
@@ -115,7 +117,7 @@ class Fleet(Closing):
         """
         options, died = self._placement(on_gpu), self.lost_workers.append
         with Crew(function, options, writes, died) as crew, Show(what, len(items), crew, name) as show:
-            portions = Portions(items, size, None if on_gpu else self.workers)
+            portions = Portions(items, size, None if on_gpu else self.workers, seconds)
             while True:
                 while crew.idle and (portion := portions.next(is_alone=not crew.running)) is not None:
                     crew.start(portion)
@@ -126,6 +128,7 @@ class Fleet(Closing):
                         raise answer.error
                     if isinstance(answer, Value):
                         show.add(portion, answer.seconds)
+                        portions.took(portion, answer.seconds)
                         yield Part(portion.start, portion.items, answer.value)
                     elif portion.is_last_try:
                         reason = f"its process died {portion.failures + 1} times over it: {answer.reason}"

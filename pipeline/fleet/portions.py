@@ -15,6 +15,8 @@ R = TypeVar("R")
 CUT_AFTER, ALONE_AFTER = 2, 3
 # Portions that each worker would get of what is left, if all were of the next one's size.
 SHARES = 2
+# Where portions are to take a time: by how much the next one may be larger, items at most, and portions that tell.
+GROWTH, MOST_ITEMS, RECENT = 2, 1024, 32
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,16 @@ class Portions(Generic[T]):
     Kuck, IEEE Transactions on Computers, 1987).
 
     Args:
-        size: items of the largest portion.
+        size: items of the largest portion; with ``seconds``, of the first ones.
         workers: that share them; None: all portions but the last are of that size.
+        seconds: that a portion should take, as far as ``took`` tells.
     """
 
-    def __init__(self, items: Sequence[T], size: int, workers: int | None = None) -> None:
-        self._items, self._size, self._workers = items, size, workers
+    def __init__(
+        self, items: Sequence[T], size: int, workers: int | None = None, seconds: float | None = None
+    ) -> None:
+        self._items, self._size, self._workers, self._wanted = items, size, workers, seconds
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._fresh = 0  # place of the first item that nobody was given
         self._again: deque[Portion[T]] = deque()
         self._alone: deque[Portion[T]] = deque()
@@ -90,6 +96,14 @@ class Portions(Generic[T]):
             start, self._fresh = self._fresh, self._fresh + count
             return Portion(start, tuple(self._items[start : self._fresh]))
         return self._alone.popleft() if self._alone and is_alone else None
+
+    def took(self, portion: Portion[T], seconds: float) -> None:
+        """Note how long a worker was at a portion."""
+        if self._wanted is not None:
+            self._recent.append((len(portion.items), seconds))
+            items, total = sum(count for count, _ in self._recent), sum(took for _, took in self._recent)
+            fitting = int(self._wanted * items / max(total, 1e-9))
+            self._size = max(1, min(fitting, GROWTH * self._size, MOST_ITEMS))
 
     def put_back(self, portion: Portion[T]) -> None:
         """Keep a portion whose process died."""

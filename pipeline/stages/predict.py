@@ -22,7 +22,7 @@ from pipeline.artifacts import ModelCard, process_name, write_atomically
 from pipeline.backends.ahead import Ahead
 from pipeline.backends.processes import Desk, Processes
 from pipeline.data.inputs import THREADS, Decoded, Input, decoded, extent, find_files, inputs_of, real_paths
-from pipeline.data.pictures import mask_png, overlay_png, palette, probability_png
+from pipeline.data.pictures import label_counts, mask_png, overlay_png, palette, probability_png
 from pipeline.data.pixels import Picture
 from pipeline.data.preprocessing import Pixels
 from pipeline.data.videos import VIDEO_ENDINGS, decoder_for
@@ -43,8 +43,9 @@ MOST_PIXELS = 1 << 32
 # Of an overlay: larger images are shrunk for it.
 OVERLAY_PIXELS = 1 << 26
 ENDINGS = (".png", "_overlay.png")
-# Images of one portion of a fleet's work: seconds of it, so that little is lost with a worker.
-PORTION = 64
+# Images of a fleet's first portions, and how long later ones take: little is lost with a worker, and little time passes
+# between two portions, when the last images of one are at the model and no others are decoded.
+PORTION, PORTION_SECONDS = 64, 2.0
 # Threads that decode, and as many that encode, in a process that has a core of its own: more wait for each other.
 WORKER_THREADS = 1
 # Images from which on processes are worth their start (on 16 cores beside an H200), and pixels of the largest: threads
@@ -220,7 +221,9 @@ class _Work:
     def over(self, fleet: Fleet, paths: Sequence[Path]) -> Lines:
         names: set[str] = set()
         try:
-            parts = fleet.parts(self, paths, PORTION, "predicting", writes=self.wanted.folder)
+            parts = fleet.parts(
+                self, paths, PORTION, "predicting", writes=self.wanted.folder, seconds=PORTION_SECONDS
+            )
             with contextlib.closing(parts):
                 for part in parts:
                     if part.result is None:
@@ -314,6 +317,7 @@ class _Run:
         self.already = 0
         self.names: set[str] = set()
         self.failures: deque[dict[str, Any]] = deque()
+        self.half_written: set[Path] = set()  # files of probabilities
 
     def lines(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
         """Predict and write; each image's line in the journal, once its files are there."""
@@ -342,7 +346,8 @@ class _Run:
         finally:
             for pool in (predicting, writing):
                 pool.shutdown(cancel_futures=True)
-            _clear(self.wanted.folder, process_name())  # probabilities of what was not written
+            for left in self.half_written:
+                left.unlink(missing_ok=True)
 
     def _new(self, inputs: Iterator[Input]) -> Iterator[Input]:
         """Those that are not done yet."""
@@ -385,6 +390,7 @@ class _Run:
 
         def allocate(index: int, shape: tuple[int, int, int]) -> NDArray[np.float32]:
             memory[index] = self.wanted.folder / f".{batch[index][0].source.name}.{process_name()}.partial"
+            self.half_written.add(memory[index])
             return _mapped(memory[index], shape)
 
         wants = self.wanted.probabilities is not None
@@ -395,7 +401,14 @@ class _Run:
         def finishing(index: int) -> Finish:
             one, picture = batch[index]
             times = {"decode": round(one.seconds, 6), "predict": round(seconds, 6)}
-            return lambda: files.write(one.source, picture, predictions[index], memory.get(index), times)
+
+            def finish() -> dict[str, Any]:
+                line = files.write(one.source, picture, predictions[index], memory.get(index), times)
+                if index in memory:
+                    self.half_written.discard(memory[index])
+                return line
+
+            return finish
 
         return [finishing(index) for index in range(len(batch))]
 
@@ -432,8 +445,8 @@ class _Files:
         facts["mask"] = f"{source.name}.png"
         _write(folder / facts["mask"], mask_png(labels, self.colours))
         picture.close()
-        counts = Image.fromarray(labels).histogram()
-        found = [(one.name, count) for one, count in zip(self.card.classes, counts, strict=False) if count]
+        counts = label_counts(labels, len(self.card.classes))
+        found = [(one.name, count) for one, count in zip(self.card.classes, counts, strict=True) if count]
         facts["classes"] = [name for name, _ in found]
         facts["area"] = {name: round(count / labels.size, 6) for name, count in found}
         facts["pixels"] = dict(found)

@@ -392,6 +392,27 @@ def test_portions_become_smaller_towards_the_end() -> None:
     assert len(sizes) < 60
 
 
+def test_portions_take_the_time_that_is_wanted() -> None:
+    portions = Portions(range(100_000), 64, workers=4, seconds=4.0)
+    sizes: dict[float, list[int]] = {}
+    for pace in (1 / 128, 3.0, 0.0):  # seconds an item: photographs; large images; images that were done before
+        for _ in range(40):
+            portion = portions.next(is_alone=False)
+            assert portion is not None
+            portions.took(portion, pace * len(portion.items))
+            sizes.setdefault(pace, []).append(len(portion.items))
+    assert sizes[1 / 128] == [64, 128, 256, *[512] * 37]
+    assert sizes[3.0][-1] == 1
+    assert sizes[0.0][-1] == 1024
+    steady = Portions(range(1000), 64, workers=4)
+    first = steady.next(is_alone=False)
+    assert first is not None
+    steady.took(first, 1e-3)
+    second = steady.next(is_alone=False)
+    assert second is not None
+    assert len(second.items) == 64
+
+
 def test_portions_are_cut_and_then_tried_alone() -> None:
     portions = Portions(range(5), 2)
     first, second, third = (portions.next(is_alone=False) for _ in range(3))

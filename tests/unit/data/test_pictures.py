@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.pictures import PIXELS, as_rgb, mask_png, overlay_png, probability_png
+from pipeline.data.pictures import PIXELS, as_rgb, label_counts, mask_png, overlay_png, probability_png
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (256, 3), np.uint8)
@@ -46,3 +46,10 @@ def test_probabilities_are_sixteen_bits(size: tuple[int, int]) -> None:
     plane = RNG.random(size, np.float32)
     plane.flat[0] = 1
     np.testing.assert_array_equal(read(probability_png(plane)), (plane * np.float32(65535)).round())
+
+
+@pytest.mark.parametrize("size", [(5, 7), (2, PIXELS)])
+@pytest.mark.parametrize("classes", [3, 16, 17, 256])
+def test_pixels_of_each_class_are_counted(size: tuple[int, int], classes: int) -> None:
+    mask = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    assert label_counts(mask, classes) == np.bincount(mask.ravel(), minlength=256)[:classes].tolist()
