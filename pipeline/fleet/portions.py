@@ -71,9 +71,7 @@ class Portions(Generic[T]):
         seconds: that a portion should take, as far as ``took`` tells.
     """
 
-    def __init__(
-        self, items: Sequence[T], size: int, workers: int | None = None, seconds: float | None = None
-    ) -> None:
+    def __init__(self, items: Sequence[T], size: int, workers: int | None = None, seconds: float | None = None) -> None:
         self._items, self._size, self._workers, self._wanted = items, size, workers, seconds
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._fresh = 0  # place of the first item that nobody was given

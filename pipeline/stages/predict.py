@@ -221,9 +221,7 @@ class _Work:
     def over(self, fleet: Fleet, paths: Sequence[Path]) -> Lines:
         names: set[str] = set()
         try:
-            parts = fleet.parts(
-                self, paths, PORTION, "predicting", writes=self.wanted.folder, seconds=PORTION_SECONDS
-            )
+            parts = fleet.parts(self, paths, PORTION, "predicting", writes=self.wanted.folder, seconds=PORTION_SECONDS)
             with contextlib.closing(parts):
                 for part in parts:
                     if part.result is None:
