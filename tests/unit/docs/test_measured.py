@@ -23,7 +23,7 @@ CAMVID = "2026-11-21-h200-shared.json"
 CAMVID_FP32 = "2026-11-21-h200-tensorrt-8.6.0.json"
 VIDEO = "2026-11-22-h200-video.json"
 TOGETHER = "2026-11-22-h200-benchmark-camvid.json"
-FLEET, FLEET_2 = "2026-11-22-h200-fleet.json", "2026-11-22-h200-fleet-2.json"
+FLEETS = tuple(f"2026-11-22-h200-fleet{number}.json" for number in ("", "-2", "-3"))
 PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-2.json", "2026-11-22-h200-predict.json"
 
 
@@ -129,18 +129,25 @@ def test_everything_else_beside_the_engines() -> None:
 
 
 def test_two_gpus() -> None:
-    stored = content(FLEET)
-    one, two = stored["rows"]
+    through_ray, more, visits = (content(name) for name in FLEETS)
+    last = visits["15 workers a GPU, portions of 2 s"]
+    one, two = last["rows"]
     table = table_below("## Tested", "scale.md")
     for row, kind in zip(table, ("png", "arrays"), strict=True):
         first, second = (each[kind]["images_per_second"] for each in (one, two))
-        assert (row["1 GPU, 7 workers"], row["2 GPUs, 14 workers"]) == (f"{first:.0f}", f"{second:.0f}")
-        assert row["times"] == f"{stored['scaling'][kind]:.2f}"
-    assert (one["workers"], two["workers"], stored["equal_masks"]) == (7, 14, True)
-    page = " ".join((DOCS / "scale.md").read_text(encoding="utf-8").split())
-    few, many = (content(FLEET_2)[f"{count} workers a GPU"]["rows"] for count in (11, 15))
-    rates = [f"{each[gpus]['png']['images_per_second']:.0f}" for gpus in (0, 1) for each in (few, many)]
-    assert "files came to {} and {} images a second on one GPU, {} and {} on two".format(*rates) in page
+        assert (row["1 GPU, 15 workers"], row["2 GPUs, 30 workers"]) == (f"{first:.0f}", f"{second:.0f}")
+        assert row["times"] == f"{last['scaling'][kind]:.2f}"
+    assert (one["workers"], two["workers"], last["equal_masks"]) == (15, 30, True)
+    runs = [
+        through_ray["rows"],
+        more["15 workers a GPU"]["rows"],
+        *(visits[f"{count} workers a GPU, portions of 64 images"]["rows"] for count in (14, 8)),
+        last["rows"],
+    ]
+    for row, (one, two) in zip(table_below("took three steps", "scale.md"), runs, strict=True):
+        first, second = (each["png"]["images_per_second"] for each in (one, two))
+        assert (row["1 GPU"], row["2 GPUs"], row["times"]) == (f"{first:.0f}", f"{second:.0f}", f"{second / first:.2f}")
+        assert row["workers a GPU"] == str(one["workers"])
 
 
 def test_predicting() -> None:
