@@ -24,7 +24,7 @@ from pipeline.artifacts import (
     write_atomically,
 )
 from pipeline.config import PATH_KEYS, QUANTIZED, Config, EngineConfig, Precision
-from pipeline.data.dataset import Dataset, open_dataset
+from pipeline.data.dataset import Dataset, content_hashes, open_dataset
 from pipeline.errors import CheckFailed, ConfigError, DataError, PipelineError, UnsupportedError
 from pipeline.record import BuildFolder, Origin, hash_of
 from pipeline.reports import Accuracy, BenchmarkReport, Candidate, PicturesReport, ValidationReport
@@ -136,7 +136,7 @@ class Run:
         from pipeline.stages.equalize import equalize
 
         config = self.config
-        images = self._calibration(config.clean.equalize)
+        images, validation = self._calibration(config.clean.equalize), self._validation()
         return (
             self._kept.stage(
                 "equalize",
@@ -147,9 +147,14 @@ class Run:
                     folder / "model.onnx",
                     folder / "report.json",
                     config.clean.tolerance,
+                    content_hashes(validation),
                 ),
                 config=[config.clean.tolerance, config.preprocessing],
-                parents={"clean": hash_of(cleaned), "images": images.fingerprint()},
+                parents={
+                    "clean": hash_of(cleaned),
+                    "images": images.fingerprint(),
+                    "validation": validation.fingerprint(),
+                },
                 tools=("numpy", "onnxruntime"),
             )
             / "model.onnx"
@@ -158,7 +163,7 @@ class Run:
     def calibrate(self) -> Path:
         """The calibration cache."""
         from pipeline.calibration.report import CACHE_FILE, REPORT_FILE
-        from pipeline.stages.calibrate import calibrate, content_hashes, resolve_calibrator
+        from pipeline.stages.calibrate import calibrate, resolve_calibrator
 
         cleaned, config = self.clean(), self.config.calibrate
         images = self._calibration(config.images)
@@ -202,7 +207,7 @@ class Run:
         from pipeline.calibration.table import read_cache
         from pipeline.mixed.held_out import hold_out
         from pipeline.mixed.report import MixReport
-        from pipeline.stages.calibrate import calibrate, content_hashes
+        from pipeline.stages.calibrate import calibrate
         from pipeline.stages.mix import REPORT, mix
 
         if self.config.task != "segmentation":

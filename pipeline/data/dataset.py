@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from pipeline.artifacts import ModelCard, sha256_file, sha256_json
 from pipeline.config import DataConfig, PreprocessingConfig, SplitConfig
 from pipeline.data.preprocessing import Pixels, read_image, read_label
 from pipeline.data.synthetic import CELLS_SIZE, SHAPES_SIZE, draw_cells, draw_shapes
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import CalibrationError, ConfigError, DataError
 from pipeline.slips import did_you_mean
 
 Split = Literal["train", "validation", "calibration"]
@@ -42,6 +42,30 @@ class Sample:
         digest = hashlib.sha256(repr(self.image.shape).encode())
         digest.update(np.ascontiguousarray(self.image).data)
         return digest.hexdigest()
+
+
+def content_hashes(samples: Iterable[Sample]) -> dict[str, str]:
+    """Names of samples by content, for ``hash_apart``; loads each once."""
+    return {sample.content_hash(): sample.name for sample in samples}
+
+
+def hash_apart(sample: Sample, validation: Mapping[str, str]) -> str:
+    """A calibration image's content hash.
+
+    Args:
+        validation: names of the validation images by theirs.
+
+    Raises:
+        CalibrationError: it is one of them.
+    """
+    digest = sample.content_hash()
+    if digest in validation:
+        raise CalibrationError(
+            f"the calibration image {sample.name} is the validation image {validation[digest]}",
+            expected="no image in both, or validation would judge ranges by the images that chose them",
+            fix="remove it from data.calibration (or data.train), or from data.validation",
+        )
+    return digest
 
 
 @dataclass(frozen=True)

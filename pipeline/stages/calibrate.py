@@ -24,7 +24,7 @@ from pipeline.calibration.ranges import ZERO_AMAX, choose_ranges
 from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, Refinement, TensorRange
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
-from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.dataset import Dataset, Sample, hash_apart
 from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, DataError
 from pipeline.graph.io import image_input, load_model, read_card, sha256_model
 from pipeline.graph.placement import activation_tensors
@@ -69,7 +69,7 @@ def calibrate(
         samples: all of them are used, ``batch`` at a time, once each; a last batch that lacks some is filled up with
             its own images.
         cache, report: written last, each whole or not at all; their folder is made where missing.
-        validation: names of the validation images by ``Sample.content_hash()`` (see ``content_hashes``).
+        validation: names of the validation images by ``Sample.content_hash()`` (see ``data.dataset.content_hashes``).
         engine: workspace for ``calibrator`` gpu and tensorrt; ``exclude`` and ``qdq`` for ``algorithm: auto``; default:
             the config's defaults.
         fleet: whose workers collect the histograms, which are merged here: counts add up exactly. With ``calibrator``
@@ -258,11 +258,6 @@ def resolve_calibrator(wanted: Calibrator) -> Calibrator:
     return "cpu" if why_no_gpu_calibration() else "gpu"
 
 
-def content_hashes(samples: Iterable[Sample]) -> dict[str, str]:
-    """Names of samples by content, for ``calibrate(validation=…)``; loads each once."""
-    return {sample.content_hash(): sample.name for sample in samples}
-
-
 class _Images:
     """The calibration images as network input, a batch at a time; keeps their names and hashes."""
 
@@ -336,15 +331,8 @@ class _Images:
             sample = self._sample(place)
             if sample is None:
                 continue
-            digest = sample.content_hash()
-            if digest in self.validation:
-                raise CalibrationError(
-                    f"the calibration image {sample.name} is the validation image {self.validation[digest]}",
-                    expected="no image in both, or validation would judge ranges by the images that chose them",
-                    fix="remove it from data.calibration (or data.train), or from data.validation",
-                )
+            self.hashes.append(hash_apart(sample, self.validation))
             self.names.append(sample.name)
-            self.hashes.append(digest)
             waiting.append((sample.name, self._input(sample)))
             if len(waiting) == self.batch:
                 yield _joined(waiting)

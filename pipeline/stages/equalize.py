@@ -17,7 +17,7 @@ from pipeline.backends.base import feed_image
 from pipeline.backends.cpu_histograms import activations
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.config import PreprocessingConfig
-from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Dataset, hash_apart
 from pipeline.errors import CalibrationError, CheckFailed, ModelError
 from pipeline.graph.equalization import STRENGTH, chains, equalized
 from pipeline.graph.io import image_input, load_model, save_model, sha256_model, staged
@@ -62,7 +62,13 @@ class EqualizationReport:
 
 
 def equalize(
-    clean: Path, samples: Dataset, preprocessing: PreprocessingConfig, target: Path, report: Path, tolerance: float
+    clean: Path,
+    samples: Dataset,
+    preprocessing: PreprocessingConfig,
+    target: Path,
+    report: Path,
+    tolerance: float,
+    validation: Mapping[str, str] | None = None,
 ) -> EqualizationReport:
     """Bring the channels of a clean graph's tensors to like ranges, compare both graphs, write the new one.
 
@@ -71,9 +77,10 @@ def equalize(
         samples: images that show what channels hold; all are used.
         target, report: written last, each whole or not at all.
         tolerance: largest accepted change of any output, relative to its largest value on an image.
+        validation: names of the validation images by content (see ``data.dataset.content_hashes``).
 
     Raises:
-        CalibrationError: no image.
+        CalibrationError: no image, or one that is a validation image too.
         ModelError: no convolution whose channels can be scaled; not exactly one input; a graph that ONNX Runtime cannot
             run.
         DataError: an image that cannot be decoded, or does not fit.
@@ -94,6 +101,7 @@ def equalize(
 
     def feeds() -> Iterator[tuple[str, NDArray[Any]]]:
         for sample in samples:
+            hash_apart(sample, validation or {})
             yield sample.name, feed_image(source, sample.image, preprocessing, sample.name)[source.name]
 
     ranges: dict[str, NDArray[np.float32]] = {}

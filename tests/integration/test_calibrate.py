@@ -24,14 +24,13 @@ from pipeline.calibration.ranges import ZERO_AMAX
 from pipeline.calibration.report import CalibrationReport
 from pipeline.calibration.table import CalibrationTable, check_table, read_cache
 from pipeline.config import CalibrateConfig, PreprocessingConfig
-from pipeline.data.dataset import Dataset, Sample
+from pipeline.data.dataset import Dataset, Sample, content_hashes
 from pipeline.data.preprocessing import preprocess
 from pipeline.errors import BuildFolderError, CalibrationError, DataError, ModelError
 from pipeline.graph.io import load_model
 from pipeline.graph.placement import activation_tensors
 from pipeline.graph.quantize import quantize
 from pipeline.stages import calibrate as stage
-from pipeline.stages.calibrate import content_hashes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")

@@ -66,6 +66,8 @@ def test_what_it_refuses(clean: Path, images: Dataset, tmp_path: Path) -> None:
         equalize(clean, images, SPEC, target, report, 1e-12)
     with pytest.raises(CalibrationError, match="no image"):
         equalize(clean, images.choose(0, 0), SPEC, target, report, 1e-5)
+    with pytest.raises(CalibrationError, match="the calibration image 1 is the validation image mine"):
+        equalize(clean, images, SPEC, target, report, 1e-5, {images[1].content_hash(): "mine"})
     node = helper.make_node("Conv", ["image", "w"], ["logits"], name="only")
     one = model([node], {"image": (1, 3, 8, 8)}, {"logits": (1, 2, 6, 6)}, {"w": weights(2, 3, 3, 3)})
     with pytest.raises(ModelError, match="no convolution"):
