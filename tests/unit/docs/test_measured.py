@@ -24,7 +24,7 @@ CAMVID_FP32 = "2026-11-21-h200-tensorrt-8.6.0.json"
 VIDEO = "2026-11-22-h200-video.json"
 TOGETHER = "2026-11-22-h200-benchmark-camvid.json"
 FLEETS = tuple(f"2026-11-22-h200-fleet{number}.json" for number in ("", "-2", "-3"))
-PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-2.json", "2026-11-22-h200-predict.json"
+PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-3.json", "2026-11-22-h200-predict.json"
 
 
 def figures() -> Iterator[tuple[str, str, tuple[str, ...]]]:
