@@ -21,6 +21,7 @@ NUMBERS = {"optimization_level": "builder_optimization_level", "timing_iteration
 # What an engine's manifest says of how it was built.
 RECORDED = (
     "source",
+    "fuse_resize",
     "workspace_mib",
     "optimization_level",
     "timing_iterations",

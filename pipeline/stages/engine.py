@@ -43,11 +43,12 @@ from pipeline.graph.placement import (
 from pipeline.graph.promises import read_multiples, read_raw_names
 from pipeline.graph.quantize import quantize, with_biases
 from pipeline.graph.resampling import aligns_corners
+from pipeline.graph.writing import with_relus
 from pipeline.unet import load_unet
 
 log = logging.getLogger(__name__)
 
-ENGINE, MANIFEST, TYPED, REFINED = "model.engine", "manifest.json", "model.onnx", "refined.onnx"
+ENGINE, MANIFEST, TYPED, PARSED = "model.engine", "manifest.json", "model.onnx", "parsed.onnx"
 IMAGE_RANK = 4
 NCHW: dict[Axis, int] = {"batch": 0, "height": 2, "width": 3}
 NHWC: dict[Axis, int] = {"batch": 0, "height": 1, "width": 2}
@@ -119,13 +120,18 @@ def build_engine(
                     fix="use engine.source: onnx, or calibrate with calibrate.refine_steps 0",
                 )
             notes.append(f"{len(chosen & set(table.biases))} convolutions have the calibration's refined biases")
-    source = clean
+    source, given = clean, model
+    if config.fuse_resize and precision != "fp32":
+        model, table = _fused(model, table, notes)
     if route == "explicit":
         source = folder / TYPED
         save_model(_typed(model, built, config, table, known), source)
-    elif built in QUANTIZED and table is not None and table.biases:
-        source = folder / REFINED
-        save_model(with_biases(model, table.biases, config.exclude), source)
+    else:
+        if built in QUANTIZED and table is not None:
+            model = with_biases(model, table.biases, config.exclude)
+        if model is not given:
+            source = folder / PARSED
+            save_model(model, source)
     if builder is None:
         return None
     definition = None
@@ -324,6 +330,18 @@ def _fitting(
         log.warning("%s", note)
     fitting = replace(fitting, amax={tensor: amax for tensor, amax in fitting.amax.items() if tensor not in unknown})
     return implicit_ranges(model, fitting) if route == "implicit" else fitting
+
+
+def _fused(
+    model: onnx.ModelProto, table: CalibrationTable | None, notes: list[str]
+) -> tuple[onnx.ModelProto, CalibrationTable | None]:
+    """The graph with ``engine.fuse_resize``, and the table with the ranges of what is new there."""
+    fused, resized = with_relus(model)
+    notes.append(f"engine.fuse_resize: {len(resized)} results of a Resize go through a Relu into their Concat")
+    if table is not None:
+        fresh = {new: table.amax[old] for new, old in resized.items() if old in table.amax}
+        table = replace(table, amax={**table.amax, **fresh})
+    return fused, table
 
 
 def _typed(

@@ -332,6 +332,7 @@ def test_timing_cache_cold_warm_damaged(folder, tmp_path):
         {"version_compatible": True},
         {"refit": True},
         {"profiling": "none"},
+        {"fuse_resize": True},
     ],
     ids=str,
 )
