@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.config import MixedConfig
 from tests.conftest import REPOSITORY
 from tests.results import content, numbers, shown, table_rows
 
@@ -24,6 +25,7 @@ CAMVID_FP32 = "2026-11-21-h200-tensorrt-8.6.0.json"
 VIDEO = "2026-11-22-h200-video.json"
 TOGETHER = "2026-11-22-h200-benchmark-camvid.json"
 FLEETS = tuple(f"2026-11-22-h200-fleet{number}.json" for number in ("", "-2", "-3"))
+REFINED, REFINED_600 = "2026-11-22-h200-refined.json", "2026-11-22-h200-refined-2.json"
 PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-3.json", "2026-11-22-h200-predict.json"
 
 
@@ -148,6 +150,37 @@ def test_two_gpus() -> None:
         first, second = (each["png"]["images_per_second"] for each in (one, two))
         assert (row["1 GPU"], row["2 GPUs"], row["times"]) == (f"{first:.0f}", f"{second:.0f}", f"{second / first:.2f}")
         assert row["workers a GPU"] == str(one["workers"])
+
+
+def test_refined_engines() -> None:
+    """Rows of docs/calibration.md and docs/mixed.md."""
+    first, runs = content(REFINED), content(REFINED_600)["runs"]
+    alone, equalized = runs["refined"], runs["equalized and refined"]
+    table = {row[""].replace("*", ""): row for row in table_below("in 600 steps on that GPU", "calibration.md")}
+    engines = {
+        "FP16 engine": first["engines"]["fp16"],
+        "refined, all INT8, engine": first["engines"]["int8"],
+        "refined, the first two convolutions in FP16, engine (`mixed`)": first["engines"]["mixed"],
+        "refined in 600 steps, all INT8, engine": alone["engines"]["int8"],
+        "equalized by 16 images, then the same, engine": equalized["engines"]["int8"],
+        "refined in 600 steps, the first three convolutions in FP16, engine (`mixed`)": alone["engines"]["mixed"],
+    }
+    for name, engine in engines.items():
+        row, drop = table[name], engine["miou_drop"]
+        assert row["ms"] == f"{engine['median_ms']['median']:.3f}"
+        assert row["same class"] == f"{engine['agreement']:.3%}".replace("%", " %")
+        shown_drop = row["mIoU drop, points (95 % over images)"]
+        assert shown_drop.startswith(f"{100 * drop['value']:.3f}")
+        if "(" in shown_drop:
+            low, high = (100 * drop["interval"][end] for end in ("low", "high"))
+            assert f"({low:.2f} to {high:.2f})" in shown_drop
+    assert alone["int8_over_fp16"]["median"] > 1.32
+    every = next(each for each in alone["mixed"]["candidates"] if each["move"] == "all INT8")
+    row = next(row for row in table_below("refined in 600 steps", "mixed.md") if row[""] == "all INT8")
+    assert row["measured, ms"] == f"{every['measured_ms']['median']:.3f}"
+    # What the text says of the default budget.
+    assert every["figures"]["miou_drop_interval"]["high"] < MixedConfig().max_miou_drop
+    assert row["held out: mIoU drop, points"].startswith(f"{100 * every['figures']['miou_drop']:.3f}")
 
 
 def test_predicting() -> None:
