@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# What is measured on a GPU host, part by part:
+#
+#   benchmarks/gpu_host.sh FOLDER PART...
+#
+# PYTHON         with TensorRT                           (default python3)
+# TORCH_PYTHON   with torch, for exports and refinement  (default PYTHON)
+# ISBI_ROOT, CAMVID_ROOT                                 as for the configurations
+# KERAS_ONNX     what `keras_unet.py train` exported, for keras
+# BACKEND        onnxruntime to try a part without a GPU (default tensorrt)
+# DATE           of the measurement, where the host's clock is wrong
+#
+# What is made lies in FOLDER, and what is worth keeping in FOLDER/results. On an H200 with 16 cores the parts took:
+# networks 65 s, predict 260 s, refined 155 s and engines 395 s; fleet, with two GPUs, 230 s.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$1 results=$1/results build=$1/build
+shift
+mkdir -p "$results"
+PYTHON=${PYTHON:-python3} TORCH_PYTHON=${TORCH_PYTHON:-$PYTHON} BACKEND=${BACKEND:-tensorrt}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+dated=(${DATE:+--date "$DATE"})
+
+trt() { "$PYTHON" -m pipeline "$@"; }
+# A failed check, exit code 1, is a result.
+measured() { "$@" || [ $? = 1 ]; }
+torch() { "$TORCH_PYTHON" -m pipeline "$@"; }
+
+# keep NAME PATH...: reports and other small files of folders below FOLDER, packed.
+keep() {
+  (cd "$folder" && find "${@:2}" -type f -size -700k ! -name '*.onnx' ! -name '*.engine' ! -path '*/overlays/*' \
+    ! -path '*/masks/*' ! -name '*timing.cache' -print0 | tar czf "results/$1.tgz" --null -T -)
+}
+
+# judged CONFIG: export with torch, all else with TensorRT, then every tensor along the network.
+judged() {
+  local common=(-c "configs/$1.yaml" --build-dir "$build")
+  local chosen=(--backend "$BACKEND" -p fp32 -p fp16 -p int8)
+  if [ "$1" != keras ]; then torch export "${common[@]}"; fi
+  measured trt run "${common[@]}" "${chosen[@]}"
+  if [ "$1" != detector ]; then measured trt validate "${common[@]}" "${chosen[@]}" --layers; fi
+  keep "$1" "build/$1"
+}
+
+networks() { # UNet of 64 base channels for batches of 1 and 8
+  "$TORCH_PYTHON" benchmarks/performance.py export "$folder" --networks unet
+  for name in raw raw-8; do trt clean "$folder/unet/$name.onnx" -o "$folder/$name-clean.onnx"; done
+}
+
+predict() {
+  "$PYTHON" benchmarks/predict.py "$folder/raw-clean.onnx" "$folder/predict" -o "$results/predict.json" \
+    --folder-clean "$folder/raw-8-clean.onnx" --torch-python "$TORCH_PYTHON" --jobs masks nothing --seconds 3 \
+    --streams 1 2 3 --repeats 5 "${dated[@]}"
+}
+
+fleet() { # needs ray beside TensorRT
+  "$PYTHON" benchmarks/fleet.py "$folder/raw-clean.onnx" "$folder/fleet" -o "$results/fleet.json" --passes 12 "${dated[@]}"
+}
+
+refining=(--set calibrate.images=68 --set calibrate.refine_steps=600 --set calibrate.calibrator=cpu
+  --set mixed.images=32 --set mixed.min_agreement=null)
+
+refined() { # camvid's calibration
+  for stage in export clean calibrate; do
+    torch "$stage" -c configs/camvid.yaml --build-dir "$folder/refined" "${refining[@]}"
+  done
+}
+
+engines() { # of that calibration
+  measured trt run -c configs/camvid.yaml --build-dir "$folder/refined" "${refining[@]}" --backend "$BACKEND" \
+    -p fp16 -p int8 -p mixed
+  keep refined refined
+}
+
+detector() {
+  judged detector
+  "$PYTHON" benchmarks/detector.py table "$build/detector" -o "$results/detector-table.json"
+  "$PYTHON" - "$folder/frames.tiff" <<'P'
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.config import load_config
+from pipeline.data.dataset import open_dataset
+
+config = load_config(Path("configs/detector.yaml"))
+samples = open_dataset(config.data, config.preprocessing, "validation")
+first, *others = (Image.fromarray(sample.image).resize((480, 360)) for sample in samples)
+first.save(sys.argv[1], save_all=True, append_images=others)
+P
+  for model in export/model.onnx engine/{fp32,fp16,int8}/model.engine; do
+    if [ -e "$build/detector/$model" ]; then
+      echo "$model: $("$PYTHON" benchmarks/detector.py frames "$build/detector/$model" "$folder/frames.tiff" | tail -n 1)"
+    fi
+  done | tee "$results/detector-frames.txt"
+}
+
+keras() { judged keras; }
+wts() { judged wts; }
+
+tries() { # of what docs/performance.md lists as not yet tried
+  "$PYTHON" benchmarks/performance.py engines "$folder" -o "$results/performance.json" --networks unet "${dated[@]}" --tries \
+    "int8, shared" "int8, shared, relu, level 5" "fp16" "fp16, relu" "int8, shared, kept in L2" "int8, shared, timed 8 times"
+}
+
+tests() { "$PYTHON" -m pytest tests/gpu -m gpu; }
+
+for part in "$@"; do
+  case $part in
+    networks | predict | fleet | refined | engines | detector | keras | wts | tries | tests) ;;
+    *) echo "gpu_host.sh: there is no part $part" >&2 && exit 2 ;;
+  esac
+done
+for part in "$@"; do
+  echo "== $part, $(date +%T)"
+  "$part"
+done
