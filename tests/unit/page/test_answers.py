@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.calibration.report import CalibrationReport
+from pipeline.calibration.report import CalibrationReport, Refinement
 from pipeline.drift import DriftReport, TensorDrift
 from pipeline.metrics.latency import LatencySummary
 from pipeline.page.answers import answer
@@ -75,15 +75,24 @@ def test_a_failure_comes_first() -> None:
     assert [step.command for step in told.steps] == [
         """unet-trt run -c CONFIG --set 'engine.exclude=["node"]'""",
         "unet-trt run -c CONFIG --set 'calibrate.algorithm=auto'",
+        "unet-trt run -c CONFIG --set 'calibrate.refine_steps=600'",
+        "unet-trt run -c CONFIG -p mixed",
         "unet-trt predict BUILD/engine/fp16/model.engine IMAGES -o masks/",
         "unet-trt validate -c CONFIG -p fp16 --layers && unet-trt report -c CONFIG",
     ]
 
 
-def test_an_algorithm_that_images_chose_is_not_chosen_again() -> None:
+def test_what_was_tried_is_not_tried_again() -> None:
+    """Nor what needs masks where there are none."""
     report = verdict("int8", passed=False)
-    tried = replace(CALIBRATION, trials=({"algorithm": "mse", "agreement": 0.9},))
-    assert not any("algorithm=auto" in c for c in commands(validations={"int8": report}, calibration=tried))
+    refined = Refinement(600, 16, 2e-3, 1e-3, True, {}, 80.0)
+    tried = replace(CALIBRATION, trials=({"algorithm": "mse", "agreement": 0.9},), refinement=refined)
+    both = {"int8": report, "mixed": verdict("mixed")}
+    told = " ".join(commands(validations=both, calibration=tried))
+    assert not any(word in told for word in ("algorithm=auto", "refine_steps", "run -c CONFIG -p mixed"))
+    bare = commands(validations={"int8": replace(report, agreement=None)}, calibration=CALIBRATION)
+    assert bare[0] == "unet-trt run -c CONFIG --set 'calibrate.refine_steps=600'"
+    assert not any(word in " ".join(bare) for word in ("algorithm=auto", "mixed"))
 
 
 @pytest.mark.parametrize("benchmark", [None, timed(None)])
