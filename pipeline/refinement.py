@@ -20,7 +20,7 @@ from pipeline.config import EngineConfig
 from pipeline.errors import CalibrationError, UnsupportedError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
-from pipeline.graph.quantize import BIAS, quantize, with_biases
+from pipeline.graph.quantize import BIAS, quantized_as, with_biases
 from pipeline.torch_graph import TorchGraph
 
 if TYPE_CHECKING:
@@ -150,8 +150,7 @@ class _Learner:
             for node in quantizable(model, engine.exclude)
             if len(node.input) > BIAS and node.input[BIAS] in arrays
         }
-        own = with_biases(model, known, engine.exclude)
-        typed = quantize(own, table, half=False, exclude=engine.exclude, qdq=engine.qdq, input_bits=engine.input_bits)
+        typed = quantized_as(with_biases(model, known, engine.exclude), table, engine)
         self.exact, self.rounded = TorchGraph(model, scores, device), TorchGraph(typed, scores, device)
 
         joined = shared_ranges(model, table, engine.exclude) if engine.qdq == "shared" else table

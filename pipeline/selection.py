@@ -17,7 +17,7 @@ from pipeline.calibration.report import AlgorithmTrial
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, EngineConfig
 from pipeline.data.preprocessing import class_ids
-from pipeline.graph.quantize import quantize
+from pipeline.graph.quantize import quantized_as
 
 ANY_CLASS = 1 << 16
 
@@ -47,8 +47,7 @@ def try_algorithms(
     for algorithm in ALGORITHMS:
         ranges = choose_ranges(histograms, algorithm, config, 0)
         table = CalibrationTable(algorithm, {entry.tensor: entry.amax for entry in ranges})
-        typed = quantize(model, table, half=False, exclude=engine.exclude, qdq=engine.qdq, input_bits=engine.input_bits)
-        masks = _masks(typed, feeds)
+        masks = _masks(quantized_as(model, table, engine), feeds)
         equal = [float(np.mean(mask == reference)) for mask, reference in zip(masks, wanted, strict=True)]
         trials.append(AlgorithmTrial(algorithm, float(np.mean(equal))))
     return sorted(trials, key=lambda trial: -trial.agreement)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from pipeline.calibration.table import CalibrationTable, check_table
-from pipeline.config import Placement
+from pipeline.config import EngineConfig, Placement
 from pipeline.errors import CalibrationError, ModelError
 from pipeline.graph.half import to_half
 from pipeline.graph.placement import (
@@ -91,6 +91,13 @@ def quantize(
             fix="build at --precision fp16, and report the model",
         ) from error
     return result
+
+
+def quantized_as(
+    model: ModelProto, table: CalibrationTable, settings: EngineConfig, *, half: bool = False
+) -> ModelProto:
+    """``quantize`` as the settings of an engine say."""
+    return quantize(model, table, half=half, exclude=settings.exclude, qdq=settings.qdq, input_bits=settings.input_bits)
 
 
 def with_biases(

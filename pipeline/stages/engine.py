@@ -41,7 +41,7 @@ from pipeline.graph.placement import (
     sites,
 )
 from pipeline.graph.promises import read_multiples, read_raw_names
-from pipeline.graph.quantize import quantize, with_biases
+from pipeline.graph.quantize import quantized_as, with_biases
 from pipeline.graph.resampling import aligns_corners
 from pipeline.graph.writing import with_relus
 from pipeline.unet import load_unet
@@ -358,14 +358,7 @@ def _typed(
     if table is None:
         raise CalibrationError("INT8 needs a calibration table", fix="calibrate first")
     # Without strong typing it is the FP16 flag that lets TensorRT choose the types of what stays unquantized.
-    return quantize(
-        model,
-        table,
-        half=known.strongly_typed,
-        exclude=config.exclude,
-        qdq=config.qdq,
-        input_bits=config.input_bits,
-    )
+    return quantized_as(model, table, config, half=known.strongly_typed)
 
 
 def _definition(

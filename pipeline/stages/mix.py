@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, EngineError, ModelError
 from pipeline.graph.io import load_model
 from pipeline.graph.levels import blocks
 from pipeline.graph.placement import quantizable
-from pipeline.graph.quantize import quantize
+from pipeline.graph.quantize import quantized_as
 from pipeline.metrics.latency import Estimate
 from pipeline.mixed.cost import DEFAULT_RATES, CostModel
 from pipeline.mixed.held_out import HeldOut
@@ -195,10 +195,8 @@ class _Judge:
     def __call__(self, half: Nodes, what: str, count: int | None = None) -> Figures:
         if (half, count) not in self.known:
             patterns = (*self.config.engine.exclude, *excluded([name for name in self.names if name in half]))
-            engine = self.config.engine
-            typed = quantize(
-                self.model, self.table, half=False, exclude=patterns, qdq=engine.qdq, input_bits=engine.input_bits
-            )
+            engine = self.config.engine.model_copy(update={"exclude": patterns})
+            typed = quantized_as(self.model, self.table, engine)
             self.known[half, count] = figures = self.held_out.figures(typed, what, count)
             log.info("%s: %.4f %% same class", what, 100 * figures.agreement)
         return self.known[half, count]
