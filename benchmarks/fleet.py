@@ -147,11 +147,12 @@ def measure(model: Path, images: Path, out: Path, gpus: int, each: int, total: i
             shutil.rmtree(out, ignore_errors=True)
             start = time.perf_counter()
             outcome = predict(predictor, sha256_file(model), [images], Wanted(out, overlays=False), fleet)
+            seconds = round(time.perf_counter() - start, 2)
             found["png"] = {
                 "images": outcome.done,
                 "failed": outcome.failed,
                 "images_per_second": round(written_rate(out), 1),
-                "seconds_with_start_of_workers": round(time.perf_counter() - start, 2),
+                "seconds_with_start_of_workers": seconds,
                 "masks_sha256": digest(out),
             }
             arrays = Arrays(predictor, sorted(images.iterdir())[:DISTINCT])

@@ -13,12 +13,16 @@
 # What is made lies in FOLDER, and what is worth keeping in FOLDER/results. On an H200 with 16 cores the parts took:
 # networks 65 s, predict 260 s, refined 155 s and engines 395 s; fleet, with two GPUs, 230 s.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-folder=$1 results=$1/results build=$1/build
+folder=$(realpath -m "$1")
+results=$folder/results build=$folder/build
 shift
+cd "$(dirname "$0")/.."
 mkdir -p "$results"
 PYTHON=${PYTHON:-python3} TORCH_PYTHON=${TORCH_PYTHON:-$PYTHON} BACKEND=${BACKEND:-tensorrt}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# Later on, exit code 1 is a failed check.
+"$PYTHON" -c 'import pipeline.cli'
+"$TORCH_PYTHON" -c 'import pipeline.cli, torch'
 dated=(${DATE:+--date "$DATE"})
 
 trt() { "$PYTHON" -m pipeline "$@"; }

@@ -308,7 +308,7 @@ class EngineConfig(Strict):
     fuse_resize: bool = Field(
         False,
         description="a Relu that changes no value between each Resize and its Concat: TensorRT then writes the one "
-        "into the other, which is a few percent faster; builds can take twice as long",
+        "into the other, which is a few percent faster; builds can take twice as long; not in FP32",
     )
     input_bits: Literal[8, 9, 10] = Field(
         8,
@@ -543,6 +543,8 @@ class Config(Strict):
             raise ValueError("engine.source: network-api needs a TensorRT, not backend: onnxruntime")
         if self.engine.input_bits > 8:
             raise ValueError("engine.source: network-api takes the image in 8 bits alone, so no engine.input_bits")
+        if self.calibrate.refine_steps:
+            raise ValueError("engine.source: network-api takes the weights' biases, so no calibrate.refine_steps")
         if self.engine.fuse_resize:
             raise ValueError("engine.source: network-api defines the network as it is, so no engine.fuse_resize")
         if self.clean.equalize:

@@ -15,8 +15,9 @@ R = TypeVar("R")
 CUT_AFTER, ALONE_AFTER = 2, 3
 # Portions that each worker would get of what is left, if all were of the next one's size.
 SHARES = 2
-# Where portions are to take a time: by how much the next one may be larger, items at most, and portions that tell.
-GROWTH, MOST_ITEMS, RECENT = 2, 1024, 32
+# Where portions are to take a time: by how much the next one may be larger than the last ones, how many these are, and
+# items at most, as those that follow may take far longer.
+GROWTH, RECENT, MOST_ITEMS = 2, 8, 256
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ class Portions(Generic[T]):
         return self._alone.popleft() if self._alone and is_alone else None
 
     def took(self, portion: Portion[T], seconds: float) -> None:
-        """Note how long a worker was at a portion."""
+        """Note how long a worker was at a portion; the slowest of the last ones tells how large the next one may be."""
         if self._wanted is not None:
             self._recent.append((len(portion.items), seconds))
-            items, total = sum(count for count, _ in self._recent), sum(took for _, took in self._recent)
-            fitting = int(self._wanted * items / max(total, 1e-9))
-            self._size = max(1, min(fitting, GROWTH * self._size, MOST_ITEMS))
+            slowest = max(took / count for count, took in self._recent)
+            largest = max(count for count, _ in self._recent)
+            self._size = max(1, min(int(self._wanted / max(slowest, 1e-9)), GROWTH * largest, MOST_ITEMS))
 
     def put_back(self, portion: Portion[T]) -> None:
         """Keep a portion whose process died."""

@@ -338,6 +338,8 @@ def _fused(
     """The graph with ``engine.fuse_resize``, and the table with the ranges of what is new there."""
     fused, resized = with_relus(model)
     notes.append(f"engine.fuse_resize: {len(resized)} results of a Resize go through a Relu into their Concat")
+    if not resized:
+        log.warning("engine.fuse_resize changes nothing: no Concat reads a Resize of what cannot be below zero")
     if table is not None:
         fresh = {new: table.amax[old] for new, old in resized.items() if old in table.amax}
         table = replace(table, amax={**table.amax, **fresh})

@@ -101,9 +101,11 @@ def equalize(
 
     def feeds() -> Iterator[tuple[str, NDArray[Any]]]:
         for sample in samples:
-            hash_apart(sample, validation or {})
             yield sample.name, feed_image(source, sample.image, preprocessing, sample.name)[source.name]
 
+    if validation:
+        for sample in samples:
+            hash_apart(sample, validation)
     ranges: dict[str, NDArray[np.float32]] = {}
     for _, tensor, values in activations(model, [chain.tensor for chain in found], feeds()):
         one = channel_ranges(values)

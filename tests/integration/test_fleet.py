@@ -170,6 +170,16 @@ def test_a_killed_worker_loses_and_repeats_nothing(
     assert lines(tmp_path / "out") == lines(alone)
 
 
+def test_a_run_goes_on_where_another_ended(fleet: Fleet, files: Path, alone: Path, tmp_path: Path) -> None:
+    some = sorted((files / "images").iterdir())[::3]
+    with Predictor(files / "clean.onnx") as predictor:
+        assert predict(predictor, "sha", some, Wanted(tmp_path / "out")) == Outcome(len(some), 0, 0)
+        (tmp_path / "out" / f"{some[0].stem}.png").unlink()
+        rest = predict(predictor, "sha", [files / "images"], Wanted(tmp_path / "out", resume=True), fleet)
+    assert rest == Outcome(IMAGES - len(some) + 1, len(some) - 1, 0)
+    assert masks(tmp_path / "out") == masks(alone)
+
+
 def late_or_wrong(folder: Path, items: Sequence[str], again: bool) -> None:
     """One worker stays at work, and the other fails once it does."""
     begun = folder / "begun"
@@ -395,15 +405,16 @@ def test_portions_become_smaller_towards_the_end() -> None:
 def test_portions_take_the_time_that_is_wanted() -> None:
     portions = Portions(range(100_000), 64, workers=4, seconds=4.0)
     sizes: dict[float, list[int]] = {}
-    for pace in (1 / 128, 3.0, 0.0):  # seconds an item: photographs; large images; images that were done before
+    # Seconds an item: photographs; large images; small ones.
+    for pace in (1 / 64, 3.0, 1e-6):
         for _ in range(40):
             portion = portions.next(is_alone=False)
             assert portion is not None
             portions.took(portion, pace * len(portion.items))
             sizes.setdefault(pace, []).append(len(portion.items))
-    assert sizes[1 / 128] == [64, 128, 256, *[512] * 37]
-    assert sizes[3.0][-1] == 1
-    assert sizes[0.0][-1] == 1024
+    assert sizes[1 / 64] == [64, 128, *[256] * 38]
+    assert sizes[3.0] == [256, *[1] * 39]
+    assert sizes[1e-6][7:] == [1, 2, 4, 8, 16, 32, 64, 128, *[256] * 25]
     steady = Portions(range(1000), 64, workers=4)
     first = steady.next(is_alone=False)
     assert first is not None

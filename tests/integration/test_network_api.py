@@ -139,6 +139,7 @@ def test_the_command_builds_from_a_real_export(project, unet_trt):
         (["clean.output=labels"], "no clean.input or clean.output but float and logits"),
         (["engine.backend=onnxruntime"], "needs a TensorRT"),
         (["clean.equalize=4"], "takes the weights as they are, so no clean.equalize"),
+        (["calibrate.refine_steps=1"], "biases, so no calibrate.refine_steps"),
     ],
 )
 def test_what_it_cannot_define_is_said_at_once(project, unet_trt, changes, said):
