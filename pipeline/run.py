@@ -147,7 +147,7 @@ class Run:
                     folder / "model.onnx",
                     folder / "report.json",
                     config.clean.tolerance,
-                    content_hashes(validation),
+                    self._validation_hashes,
                 ),
                 config=[config.clean.tolerance, config.preprocessing],
                 parents={
@@ -183,7 +183,7 @@ class Run:
                     self.config.preprocessing,
                     folder / CACHE_FILE,
                     folder / REPORT_FILE,
-                    validation=content_hashes(validation),
+                    validation=self._validation_hashes,
                     engine=self.config.engine,
                     fleet=self._fleet,
                 ),
@@ -239,7 +239,7 @@ class Run:
                     self.card,
                     target.capabilities.device,
                     folder,
-                    others=content_hashes(validation),
+                    others=self._validation_hashes,
                     timer=timer,
                 )
 
@@ -652,6 +652,10 @@ class Run:
     def _validation(self) -> Dataset:
         dataset = open_dataset(self.config.data, self.config.preprocessing, "validation")
         return dataset.first(self.config.validate_.images)
+
+    @functools.cached_property
+    def _validation_hashes(self) -> dict[str, str]:
+        return content_hashes(self._validation())
 
     def _judged_by(self) -> list[Any]:
         """What ``algorithm: auto`` and refinement depend on beside the calibration's own settings."""

@@ -98,6 +98,7 @@ class Fleet(Closing):
         writes: Path | None = None,
         on_gpu: bool = False,
         seconds: float | None = None,
+        worked: Callable[[R], int] | None = None,
     ) -> Generator[Part[T, R], None, None]:
         """Every item once, in portions, in the order in which they are finished.
 
@@ -109,6 +110,7 @@ class Fleet(Closing):
             writes: a folder that all workers write to; checked first.
             on_gpu: give each worker a GPU of its own.
             seconds: that portions should take, as soon as it is seen how long items do.
+            worked: of how many items a result has come; default: of all in the portion.
 
         Raises:
             PipelineError: as the function, or its opening, raised it.
@@ -128,7 +130,8 @@ class Fleet(Closing):
                         raise answer.error
                     if isinstance(answer, Value):
                         show.add(portion, answer.seconds)
-                        portions.took(portion, answer.seconds)
+                        count = len(portion.items) if worked is None else worked(answer.value)
+                        portions.took(count, answer.seconds)
                         yield Part(portion.start, portion.items, answer.value)
                     elif portion.is_last_try:
                         reason = f"its process died {portion.failures + 1} times over it: {answer.reason}"

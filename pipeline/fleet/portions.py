@@ -96,10 +96,11 @@ class Portions(Generic[T]):
             return Portion(start, tuple(self._items[start : self._fresh]))
         return self._alone.popleft() if self._alone and is_alone else None
 
-    def took(self, portion: Portion[T], seconds: float) -> None:
-        """Note how long a worker was at a portion; the slowest of the last ones tells how large the next one may be."""
-        if self._wanted is not None:
-            self._recent.append((len(portion.items), seconds))
+    def took(self, count: int, seconds: float) -> None:
+        """Note how long a worker was at so many items; the slowest of the last portions tells how large the next one
+        may be, and one in which there was nothing to do tells nothing."""
+        if self._wanted is not None and count:
+            self._recent.append((count, seconds))
             slowest = max(took / count for count, took in self._recent)
             largest = max(count for count, _ in self._recent)
             self._size = max(1, min(int(self._wanted / max(slowest, 1e-9)), GROWTH * largest, MOST_ITEMS))

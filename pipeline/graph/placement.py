@@ -72,7 +72,9 @@ def sites(model: ModelProto, exclude: Sequence[str], qdq: Placement) -> list[Sit
     chosen = {node.output[0] for node in quantizable(model, exclude)}
     taken = chosen | (_passed(model, chosen) if qdq == "shared" else set())
     return [
-        dict(enumerate(_data(node))) if node.output[0] in taken else {} for node in model.graph.node if is_site(node)
+        dict(enumerate(data_inputs(node))) if node.output[0] in taken else {}
+        for node in model.graph.node
+        if is_site(node)
     ]
 
 
@@ -90,7 +92,9 @@ def implicit_ranges(model: ModelProto, table: CalibrationTable) -> CalibrationTa
     output differ, so do the values, by their ratio (docs/decisions/0007).
     """
     fixed = {tensor.name for tensor in model.graph.initializer}
-    return _joined(model, table, {n.output[0] for n in model.graph.node if _passes(n) and fixed.isdisjoint(_data(n))})
+    return _joined(
+        model, table, {n.output[0] for n in model.graph.node if _passes(n) and fixed.isdisjoint(data_inputs(n))}
+    )
 
 
 def is_site(node: NodeProto) -> bool:
@@ -101,6 +105,11 @@ def is_site(node: NodeProto) -> bool:
 def is_convolution(node: NodeProto) -> bool:
     """Whether the node is a Conv or ConvTranspose of ONNX's own domain."""
     return node.op_type in CHANNEL_AXES and node.domain in STANDARD
+
+
+def data_inputs(node: NodeProto) -> Sequence[str]:
+    """What a node reads beside its settings: all inputs of a Concat, the first one of others."""
+    return list(node.input if node.op_type == "Concat" else node.input[:1])
 
 
 def groups(node: NodeProto) -> int:
@@ -134,30 +143,26 @@ def _passes(node: NodeProto) -> bool:
 
 
 def _joined(model: ModelProto, table: CalibrationTable, passing: set[str]) -> CalibrationTable:
-    groups: dict[str, set[str]] = {}
+    unions: dict[str, set[str]] = {}
     for node in model.graph.node:
         if node.output[0] in passing:
-            joined = {node.output[0], *_data(node)}
-            joined = joined.union(*(groups.get(tensor, set()) for tensor in joined))
-            groups.update(dict.fromkeys(joined, joined))
-    largest = {tensor: max(table.amax[name] for name in joined) for tensor, joined in groups.items()}
+            joined = {node.output[0], *data_inputs(node)}
+            joined = joined.union(*(unions.get(tensor, set()) for tensor in joined))
+            unions.update(dict.fromkeys(joined, joined))
+    largest = {tensor: max(table.amax[name] for name in joined) for tensor, joined in unions.items()}
     return replace(table, amax={**table.amax, **largest})
-
-
-def _data(node: NodeProto) -> Sequence[str]:
-    return list(node.input if node.op_type == "Concat" else node.input[:1])
 
 
 def _passed(model: ModelProto, chosen: set[str]) -> set[str]:
     """Outputs of the passing nodes that lead to the convolutions whose outputs are ``chosen``."""
     readers: dict[str, list[NodeProto]] = defaultdict(list)
     for node in model.graph.node:
-        for tensor in _data(node):
+        for tensor in data_inputs(node):
             readers[tensor].append(node)
     fixed = {value.name for value in model.graph.output} | {tensor.name for tensor in model.graph.initializer}
     wanted, found = set(chosen), set()
     for node in reversed(model.graph.node):
-        passing = _passes(node) and fixed.isdisjoint([node.output[0], *_data(node)])
+        passing = _passes(node) and fixed.isdisjoint([node.output[0], *data_inputs(node)])
         if passing and any(reader.output[0] in wanted for reader in readers[node.output[0]]):
             wanted.add(node.output[0])
             found.add(node.output[0])

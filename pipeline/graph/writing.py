@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import ModelProto, NodeProto, helper
 
-from pipeline.graph.placement import STANDARD
+from pipeline.graph.placement import STANDARD, data_inputs
 from pipeline.graph.shapes import all_names, set_value_info, unique
 
 POSITIVE = ("Relu", "Sigmoid", "Softmax")
@@ -65,5 +65,4 @@ def _is_positive(node: NodeProto, known: set[str]) -> bool:
         return True
     if any((attribute.name, attribute.s) in BELOW_ZERO for attribute in node.attribute):
         return False
-    sources = node.input if node.op_type == "Concat" else node.input[:1]
-    return node.op_type in KEEPING and known.issuperset(sources)
+    return node.op_type in KEEPING and known.issuperset(data_inputs(node))

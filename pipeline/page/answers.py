@@ -132,12 +132,7 @@ def _steps(
 ) -> Iterator[Step]:
     for precision, report in validations.items():
         if not report.passed:
-            yield from _mend(precision, layers.get(precision), calibration, report.agreement is not None)
-            if precision == "int8" and report.agreement is not None and "mixed" not in validations:
-                yield Step(
-                    "Or let a search find the convolutions that INT8 hurts, and leave these in FP16.",
-                    "unet-trt run -c CONFIG -p mixed",
-                )
+            yield from _mend(validations, precision, layers.get(precision), calibration)
     emulated = [precision for precision, report in validations.items() if report.candidate.emulated]
     if emulated:
         text = (
@@ -165,29 +160,38 @@ def _steps(
 
 
 def _mend(
-    precision: Precision, drift: DriftReport | None, calibration: CalibrationReport | None, has_masks: bool
+    validations: Mapping[Precision, ValidationReport],
+    precision: Precision,
+    drift: DriftReport | None,
+    calibration: CalibrationReport | None,
 ) -> Iterator[Step]:
     name = precision.upper()
-    if drift is not None and drift.jump is not None and precision == "int8":
+    if precision != "int8":
+        yield Step(f"{name} exceeds a budget: look at its worst images and checks above.")
+        return
+    has_masks = validations[precision].agreement is not None
+    if drift is not None and drift.jump is not None:
         node = next(entry.node for entry in drift.tensors if entry.tensor == drift.jump)
         yield Step(
             f"The error of {name} jumps at {drift.jump}: leave that node unquantized.",
             _set(f'engine.exclude=["{node}"]'),
         )
-    if precision == "int8" and calibration is not None:
-        if has_masks and not calibration.trials:
-            yield Step(
-                f"{name} exceeds a budget: let held-out images choose the calibration algorithm "
-                f"(it was {calibration.algorithm}).",
-                _set("calibrate.algorithm=auto"),
-            )
-        if calibration.refinement is None:
-            yield Step(
-                "Let ranges and biases learn from FP32, which costs no time in the engine: with torch, best on a GPU.",
-                _set("calibrate.refine_steps=600"),
-            )
-    elif precision != "int8":
-        yield Step(f"{name} exceeds a budget: look at its worst images and checks above.")
+    if has_masks and calibration is not None and not calibration.trials:
+        yield Step(
+            f"{name} exceeds a budget: let held-out images choose the calibration algorithm "
+            f"(it was {calibration.algorithm}).",
+            _set("calibrate.algorithm=auto"),
+        )
+    if calibration is not None and calibration.refinement is None:
+        yield Step(
+            "Let ranges and biases learn from FP32, which costs no time in the engine: with torch, best on a GPU.",
+            _set("calibrate.refine_steps=600"),
+        )
+    if has_masks and "mixed" not in validations:
+        yield Step(
+            "Or let a search find the convolutions that INT8 hurts, and leave these in FP16.",
+            "unet-trt run -c CONFIG -p mixed",
+        )
 
 
 def _set(override: str) -> str:

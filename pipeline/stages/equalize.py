@@ -99,21 +99,20 @@ def equalize(
     if len(samples) == 0:
         raise CalibrationError("no image shows what channels hold", fix="name calibration images")
 
-    def feeds() -> Iterator[tuple[str, NDArray[Any]]]:
+    def feeds(others: Mapping[str, str]) -> Iterator[tuple[str, NDArray[Any]]]:
         for sample in samples:
+            if others:
+                hash_apart(sample, others)
             yield sample.name, feed_image(source, sample.image, preprocessing, sample.name)[source.name]
 
-    if validation:
-        for sample in samples:
-            hash_apart(sample, validation)
     ranges: dict[str, NDArray[np.float32]] = {}
-    for _, tensor, values in activations(model, [chain.tensor for chain in found], feeds()):
+    for _, tensor, values in activations(model, [chain.tensor for chain in found], feeds(validation or {})):
         one = channel_ranges(values)
         ranges[tensor] = np.maximum(ranges.get(tensor, one), one)
     result, factors = equalized(model, ranges)
     with staged(target) as file:
         save_model(result, file)
-        error = _difference(clean, file, feeds())
+        error = _difference(clean, file, feeds({}))
         if error > tolerance:
             raise CheckFailed(
                 f"the equalized graph of {clean} computes something else; {target} was not written",

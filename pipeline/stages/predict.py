@@ -220,10 +220,16 @@ class _Work:
 
     def over(self, fleet: Fleet, paths: Sequence[Path]) -> Lines:
         names: set[str] = set()
-        left = [path for path in paths if path.stem not in self.earlier]  # or portions would seem to take no time
-        self.already += len(paths) - len(left)
         try:
-            parts = fleet.parts(self, left, PORTION, "predicting", writes=self.wanted.folder, seconds=PORTION_SECONDS)
+            parts = fleet.parts(
+                self,
+                paths,
+                PORTION,
+                "predicting",
+                writes=self.wanted.folder,
+                seconds=PORTION_SECONDS,
+                worked=lambda result: len(result[0]),
+            )
             with contextlib.closing(parts):
                 for part in parts:
                     if part.result is None:

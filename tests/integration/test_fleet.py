@@ -410,15 +410,21 @@ def test_portions_take_the_time_that_is_wanted() -> None:
         for _ in range(40):
             portion = portions.next(is_alone=False)
             assert portion is not None
-            portions.took(portion, pace * len(portion.items))
+            portions.took(len(portion.items), pace * len(portion.items))
             sizes.setdefault(pace, []).append(len(portion.items))
     assert sizes[1 / 64] == [64, 128, *[256] * 38]
     assert sizes[3.0] == [256, *[1] * 39]
     assert sizes[1e-6][7:] == [1, 2, 4, 8, 16, 32, 64, 128, *[256] * 25]
+    resumed = Portions(range(10_000), 64, workers=4, seconds=4.0)
+    for _ in range(40):  # all of it done before
+        portion = resumed.next(is_alone=False)
+        assert portion is not None
+        assert len(portion.items) == 64
+        resumed.took(0, 1e-3)
     steady = Portions(range(1000), 64, workers=4)
     first = steady.next(is_alone=False)
     assert first is not None
-    steady.took(first, 1e-3)
+    steady.took(len(first.items), 1e-3)
     second = steady.next(is_alone=False)
     assert second is not None
     assert len(second.items) == 64
