@@ -46,8 +46,8 @@ judged() {
   keep "$1" "build/$1"
 }
 
-networks() { # UNet of 64 base channels for batches of 1 and 8
-  "$TORCH_PYTHON" benchmarks/performance.py export "$folder" --networks unet
+networks() { # UNets of 64 base channels for batches of 1 and 8
+  "$TORCH_PYTHON" benchmarks/performance.py export "$folder" --networks unet unet-nearest unet-upconv
   for name in raw raw-8; do trt clean "$folder/unet/$name.onnx" -o "$folder/$name-clean.onnx"; done
 }
 
@@ -104,8 +104,11 @@ keras() { judged keras; }
 wts() { judged wts; }
 
 tries() { # of what docs/performance.md lists as not yet tried
-  "$PYTHON" benchmarks/performance.py engines "$folder" -o "$results/performance.json" --networks unet "${dated[@]}" --tries \
-    "int8, shared" "int8, shared, relu, level 5" "fp16" "fp16, relu" "int8, shared, kept in L2" "int8, shared, timed 8 times"
+  timed() { "$PYTHON" benchmarks/performance.py engines "$folder" -o "$results/performance.json" "${dated[@]}" "$@"; }
+  timed --networks unet-nearest --tries "fp16" "int8, shared" "*, transposed" "int8, shared, transposed, batch 8"
+  timed --networks unet-upconv --tries "fp16" "int8, shared" "*, folded"
+  timed --networks unet --tries "int8, shared" "int8, shared, relu" "int8, shared, relu, level 5" \
+    "int8, shared, kept in L2" "int8, shared, timed 8 times" "fp16" "fp16, relu"
 }
 
 tests() { "$PYTHON" -m pytest tests/gpu -m gpu; }

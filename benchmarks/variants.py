@@ -150,6 +150,69 @@ def depthwise_upsampling(kernel: Sequence[float], pad: int) -> Edit:
     return edit
 
 
+def transposed_upsampling(model: ModelProto) -> ModelProto | None:
+    """Each nearest ×2 Resize as a ConvTranspose of kernel and stride 2 that hands every channel on."""
+    editor, shapes = _Editor(model), infer(model)
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        if node.op_type != "Resize" or _attributes(node).get("mode", b"nearest") != b"nearest":
+            return None
+        shape = dims(shapes[node.input[0]])
+        assert shape is not None
+        weight = np.broadcast_to(np.eye(int(shape[1] or 0))[:, :, None, None], (*[int(shape[1] or 0)] * 2, 2, 2))
+        name = editor.constant(weight.astype(np.float32), f"{node.output[0]}.kernel")
+        return [
+            _node("ConvTranspose", [node.input[0], name], node.output, node.name, kernel_shape=[2, 2], strides=[2, 2])
+        ]
+
+    return editor.rewrite(change)
+
+
+def folded_upsampling(model: ModelProto) -> ModelProto | None:
+    """A nearest ×2 Resize and the k×k Conv that alone reads it as one ConvTranspose of kernel k + 1 and stride 2.
+
+    A pixel of the Resize's input adds to row o of the result w[2i - o + p] + w[2i + 1 - o + p], p the padding before.
+    """
+    editor = _Editor(model)
+    resized = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Resize"
+        and _attributes(node).get("mode", b"nearest") == b"nearest"
+        and [reader.op_type for reader in editor.readers[node.output[0]]] == ["Conv"]
+    }
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        if node.output[0] in resized:
+            return []
+        if node.op_type != "Conv" or node.input[0] not in resized:
+            return None
+        weight, pads = editor.array(node.input[1]).astype(np.float64), _attributes(node)["pads"]
+        for axis in (2, 3):
+            ends = [(0, 0)] * 4
+            ends[axis] = (1, 1)
+            wide = np.pad(weight, ends)
+            rows = [slice(None)] * 4
+            before, after = rows.copy(), rows.copy()
+            before[axis], after[axis] = slice(None, -1), slice(1, None)
+            weight = np.flip(wide[tuple(before)] + wide[tuple(after)], axis)
+        name = editor.constant(weight.transpose(1, 0, 2, 3).astype(np.float32), f"{node.input[1]}.folded")
+        half = len(pads) // 2
+        return [
+            _node(
+                "ConvTranspose",
+                [resized[node.input[0]], name, *node.input[2:]],
+                node.output,
+                node.name,
+                kernel_shape=list(weight.shape[2:]),
+                strides=[2, 2],
+                pads=[*pads[half:], *pads[:half]],
+            )
+        ]
+
+    return editor.rewrite(change)
+
+
 def after_resize(kind: str, *, last: int | None = None) -> Edit:
     """A node that changes nothing between each Resize (or the ``last`` ones) and its Concat, of a kind that can write
     into its part of it."""
@@ -327,5 +390,7 @@ EDITS: dict[str, tuple[str, Edit]] = {
         "1×1 Conv after Resize, and channels of zeros added to the image",
         before_input("channels"),
     ),
+    "transposed upsampling": ("nearest ×2 as ConvTranspose 2×2: computes the same", transposed_upsampling),
+    "folded upsampling": ("nearest ×2 and k×k Conv as ConvTranspose (k+1)×(k+1): the same", folded_upsampling),
     "separate pads": ("a Pad node before each convolution: computes the same", separate_pads),
 }
