@@ -26,6 +26,7 @@ VIDEO = "2026-11-22-h200-video.json"
 TOGETHER = "2026-11-22-h200-benchmark-camvid.json"
 FLEETS = tuple(f"2026-11-22-h200-fleet{number}.json" for number in ("", "-2", "-3"))
 REFINED, REFINED_600 = "2026-11-22-h200-refined.json", "2026-11-22-h200-refined-2.json"
+SEARCHED = "2026-11-22-h200-refined-3.json"
 PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-3.json", "2026-11-22-h200-predict.json"
 
 
@@ -175,12 +176,29 @@ def test_refined_engines() -> None:
             low, high = (100 * drop["interval"][end] for end in ("low", "high"))
             assert f"({low:.2f} to {high:.2f})" in shown_drop
     assert alone["int8_over_fp16"]["median"] > 1.32
-    every = next(each for each in alone["mixed"]["candidates"] if each["move"] == "all INT8")
-    row = next(row for row in table_below("refined in 600 steps", "mixed.md") if row[""] == "all INT8")
-    assert row["measured, ms"] == f"{every['measured_ms']['median']:.3f}"
-    # What the text says of the default budget.
-    assert every["figures"]["miou_drop_interval"]["high"] < MixedConfig().max_miou_drop
-    assert row["held out: mIoU drop, points"].startswith(f"{100 * every['figures']['miou_drop']:.3f}")
+
+
+def test_the_search_on_a_gpu() -> None:
+    """Rows of docs/mixed.md, and what its text says of the budgets."""
+    stored = content(SEARCHED)
+    chosen = stored["mixed"]["candidates"][stored["mixed"]["chosen"]]
+    rows = {row[""].replace("*", ""): row for row in table_below("refined in 600 steps", "mixed.md")}
+    for candidate, name, engine in zip(
+        stored["mixed"]["candidates"], ("all FP16", "all INT8, chosen"), ("fp16", "mixed"), strict=True
+    ):
+        assert name.startswith(candidate["move"])
+        row, drop = rows[name], stored["engines"][engine]["miou_drop"]
+        assert row["measured, ms"] == f"{candidate['measured_ms']['median']:.3f}"
+        held_out = candidate["figures"]["miou_drop"]
+        assert row["held out: mIoU drop, points"].split(" ")[0] == (f"{100 * held_out:.3f}" if held_out else "0")
+        low, high = (100 * drop["interval"][end] for end in ("low", "high"))
+        assert row["validated: mIoU drop, points"] == f"{100 * drop['value']:.3f} ({low:.2f} to {high:.2f})"
+    assert chosen["move"] == "all INT8"
+    assert chosen["figures"]["miou_drop_interval"]["high"] < MixedConfig().max_miou_drop
+    assert stored["engines"]["mixed"]["passed"]
+    assert (
+        stored["engines"]["mixed"]["flipped"] == content(REFINED_600)["runs"]["refined"]["engines"]["int8"]["flipped"]
+    )
 
 
 def test_predicting() -> None:
