@@ -226,6 +226,8 @@ def print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
     if json:
         print_json(reports)
         return
+    from pipeline.graph.shapes import listed
+
     for precision, report in reports.items():
         rows = [
             (
@@ -239,8 +241,9 @@ def print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
             for entry in report.tensors
         ]
         print_table((f"{precision}: tensor", "operator", "SQNR, dB", "cosine", "largest error", "saturated"), rows)
-        for tensor in report.missing:
-            print(f"{tensor}: not compared, what ran has it no more")
+        if report.missing:
+            why = "which what ran has no more, or inside fused layers only"
+            print(f"{precision}: {len(report.missing)} tensors not compared, {why}: {listed(report.missing, 3)}")
         for note in report.notes:
             print(f"{precision}: {note}")
         where = "the error jumps nowhere" if report.jump is None else f"the error jumps at {report.jump}"

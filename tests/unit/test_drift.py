@@ -15,6 +15,7 @@ from pipeline.drift import DriftReport, drift, emulated
 from pipeline.errors import CalibrationError, ModelError
 from pipeline.graph.half import to_half
 from pipeline.graph.quantize import quantize
+from pipeline.printing import print_drift
 from tests.tiny_unet import images, observed_table, tiny_unet
 
 FEEDS = images(3)
@@ -146,3 +147,11 @@ def test_values_that_are_not_finite_are_named() -> None:
 def test_without_images() -> None:
     with pytest.raises(ModelError, match="no image"):
         drift(tiny_unet(), tiny_unet(), emulated(tiny_unet()), [], "x")
+
+
+def test_tensors_that_were_not_compared_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    report = DriftReport("tensorrt 8.6.0", 4, (), None, ("a", "b", "c", "d", "e"))
+    print_drift({"fp16": report}, json=False)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not compared" in line)
+    assert line.startswith("fp16: 5 tensors not compared")
+    assert line.endswith(": a, b, c and 2 more")
