@@ -201,6 +201,27 @@ def test_the_search_on_a_gpu() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("page", "text", "result"),
+    [
+        ("keras.md", "trained once more", "2026-11-22-h200-keras.json"),
+        ("wts.md", "all engines by the network API", "2026-11-22-h200-wts.json"),
+    ],
+)
+def test_engines_taken_apart(page: str, text: str, result: str) -> None:
+    for row, engine in zip(table_below(text, page), content(result)["engines"].values(), strict=True):
+        ((_, outputs),) = engine["outputs"].items()
+        assert row["mIoU"] == f"{engine['mean_iou']:.4f}"
+        assert row["same class as FP32"] == f"{engine['agreement']:.3%}".replace("%", " %")
+        assert row["GPU, ms"] == f"{engine['median_ms']['median']:.3f}"
+        assert row["built in, s"] == f"{engine['build_seconds']:.1f}"
+        name = next(key for key in row if key.startswith("signal to error"))
+        assert row[name] == f"{outputs['signal_to_error_db']:.1f}"
+        tensors = [one["sqnr_db"] for one in engine["layers"]["tensors"] if one["sqnr_db"] is not None]
+        assert row["worst tensor, dB"] == f"{min(tensors):.1f}"
+        assert engine["passed"]
+
+
 def test_predicting() -> None:
     stored, earlier = content(PREDICT), content(PREDICT_EARLIER)
     median = {job: statistics.median(laps) for job, laps in stored["folder"]["seconds"].items()}
