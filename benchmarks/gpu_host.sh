@@ -107,7 +107,7 @@ tries() { # of what docs/performance.md lists as not yet tried
   timed() { "$PYTHON" benchmarks/performance.py engines "$folder" -o "$results/performance.json" "${dated[@]}" "$@"; }
   timed --networks unet-nearest --tries "fp16" "int8, shared" "*, transposed" "int8, shared, transposed, batch 8"
   timed --networks unet-upconv --tries "fp16" "int8, shared" "*, folded"
-  timed --networks unet --tries "int8, shared" "int8, shared, relu" "int8, shared, relu, level 5" \
+  timed --networks unet --tries "int8, shared" "int8, shared, relu" "int8, shared, relu in int8*" \
     "int8, shared, kept in L2" "int8, shared, timed 8 times" "fp16" "fp16, relu"
 }
 

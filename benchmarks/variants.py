@@ -368,6 +368,36 @@ def as_channels_last(model: ModelProto) -> ModelProto:
     return changed
 
 
+def resizes_in_int8(model: ModelProto) -> ModelProto | None:
+    """Of an explicit INT8 graph with Relus behind its Resizes: pairs before both, with the scale of the one behind."""
+    editor = _Editor(model)
+    made = {node.output[0]: node for node in model.graph.node}
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        if node.op_type != "Resize":
+            return None
+        behind = editor.readers[node.output[0]][0]
+        quantizers = [one for one in editor.readers[behind.output[0]] if one.op_type == "QuantizeLinear"]
+        if behind.op_type != "Relu" or len(quantizers) != 1:
+            return None
+        scale = list(quantizers[0].input[1:])
+
+        def pair(tensor: str, stem: str) -> tuple[list[NodeProto], str]:
+            names = f"{stem}.pair.int8", f"{stem}.pair"
+            return [
+                _node("QuantizeLinear", [tensor, *scale], [names[0]], names[0]),
+                _node("DequantizeLinear", [names[0], *scale], [names[1]], names[1]),
+            ], names[1]
+
+        assert node.input[0] in made
+        before, node.input[0] = pair(node.input[0], f"{node.output[0]}.in")
+        after, given = pair(node.output[0], node.output[0])
+        behind.input[0] = given
+        return [*before, node, *after]
+
+    return editor.rewrite(change)
+
+
 LINEAR = (0.25, 0.75, 0.75, 0.25)
 EDITS: dict[str, tuple[str, Edit]] = {
     "swapped concat": ("Concat(upsampled, skip), weights permuted: computes the same", swapped_concat),
