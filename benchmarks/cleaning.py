@@ -400,8 +400,8 @@ class Bench:
                 "explicit" if candidate.kind == "int8-explicit" else "implicit",
                 self.settings,
                 read_cache(candidate.table) if candidate.table else None,
-                make_profiles(inputs, ranges),  # type: ignore[arg-type]
-                self.plans / candidate.timing_cache,
+                profiles=make_profiles(inputs, ranges),  # type: ignore[arg-type]
+                timing_cache=self.plans / candidate.timing_cache,
             )
             made = TensorrtBuilder().build(request)
             plan.write_bytes(made.plan)

@@ -78,11 +78,11 @@ def train(config: Config, weights: Path, steps: int) -> None:
     started, losses = time.perf_counter(), []
     for step in range(steps):
         rng = np.random.default_rng((0, step))
-        pairs = [flipped(*samples[i], rng) for i in rng.integers(len(samples), size=BATCH)]
+        pairs = [flipped(*samples[int(i)], rng) for i in rng.integers(len(samples), size=BATCH)]
         images = torch.from_numpy(np.stack([normalise(image, config.preprocessing) for image, _ in pairs]))
         loss = detection_loss(network(images), [torch.from_numpy(boxes) for _, boxes in pairs])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         losses.append(loss.item())

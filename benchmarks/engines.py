@@ -62,7 +62,8 @@ def feeds_of(runner: EngineRunner, batch: int | None) -> dict[str, NDArray[Any]]
     """Seeded noise for every input: standard normal, or bytes."""
     rng, feeds = np.random.default_rng(0), {}
     for spec in runner.inputs:
-        shape = list(runner.profiles[spec.name].opt) if spec.name in runner.profiles else list(spec.shape)
+        known = runner.profiles[spec.name].opt if spec.name in runner.profiles else spec.shape
+        shape = [int(size) for size in known]
         if batch is not None:
             shape[0] = batch
         is_image = spec.dtype == "uint8"

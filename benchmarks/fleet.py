@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from predict import DISTINCT, SIZE, pictures, prepare
 
@@ -107,16 +108,20 @@ def one_core(images: Path, masks: Path, photographs: Path | None, folder: Path) 
             target.mkdir(exist_ok=True)
             for file in sorted(photographs.iterdir())[:TIMED_FILES]:
                 picture = Image.open(file).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-                picture.save(target / f"{file.stem}.{ending}", **quality)
+                picture.save(target / f"{file.stem}.{ending}", **quality)  # type: ignore[arg-type]
             kinds[kind] = (sorted(target.iterdir()), "rgb")
     found = {
-        kind: {"per_second": rate(lambda file, c=channels: open_picture(file, c).pixels, files), "bytes": mean(files)}
+        kind: {"per_second": rate(functools.partial(decoded, channels=channels), files), "bytes": mean(files)}
         for kind, (files, channels) in kinds.items()
     }
     files = sorted(masks.glob("*.png"))[:TIMED_FILES]
     colours, decoded = np.zeros((256, 3), np.uint8), [np.asarray(Image.open(file)) for file in files]
     found["mask, encoded"] = {"per_second": rate(lambda mask: mask_png(mask, colours), decoded), "bytes": mean(files)}
     return found
+
+
+def decoded(file: Path, channels: str) -> NDArray[np.uint8]:
+    return open_picture(file, channels).pixels
 
 
 def rate(call: Callable[[Any], object], items: Sequence[Any]) -> float:
@@ -157,7 +162,7 @@ def measure(model: Path, images: Path, out: Path, gpus: int, each: int, total: i
             }
             arrays = Arrays(predictor, sorted(images.iterdir())[:DISTINCT])
             start = time.perf_counter()
-            done = sum(part.result for part in fleet.parts(arrays, range(total), PORTION, "arrays"))
+            done = sum(part.result or 0 for part in fleet.parts(arrays, range(total), PORTION, "arrays"))
             found["arrays"] = {
                 "images": done,
                 "images_per_second": round(fleet.rate(), 1),

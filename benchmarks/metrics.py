@@ -61,6 +61,7 @@ def measure(images: int) -> dict[str, float]:
         judge.count(judge.measure(sample, {"logits": got}, {"logits": wanted}, True)[0])
     report = judge.report(Candidate("int8", True, "made up", "", None, None), (), (), wall)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    assert report.agreement is not None
     return {
         "images": images,
         "seconds": round(time.perf_counter() - wall, 2),

@@ -169,7 +169,8 @@ def torch_rows(name: str) -> dict[str, Any]:
             for _ in range(TORCH_WARM_UPS):
                 run(fed)
             marks = [
-                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(TORCH_RUNS)
+                [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+                for _ in range(TORCH_RUNS)
             ]
             for before, after in marks:
                 before.record()
@@ -230,8 +231,7 @@ class Bench:
                 "explicit" if tried.kind == "explicit" else "implicit",
                 EngineConfig(backend="tensorrt", optimization_level=tried.level, timing_iterations=tried.iterations),
                 table,
-                {},
-                self.folder / self.name / f"{'raw' if tried.raw else 'clean'}-{tried.kind}.timing",
+                timing_cache=self.folder / self.name / f"{'raw' if tried.raw else 'clean'}-{tried.kind}.timing",
             )
             made = TensorrtBuilder().build(request)
             self._plan(label).write_bytes(made.plan)
@@ -314,7 +314,9 @@ class Bench:
         convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
         exclude = {"first": convolutions[:1], "last": convolutions[-1:], None: []}[tried.exclude]
         if tried.edit is not None:
-            model = EDITS[tried.edit][1](model)
+            edited = EDITS[tried.edit][1](model)
+            assert edited is not None
+            model = edited
         if tried.kind in ("fp32", "fp16"):
             return model, None
         table = self._table(model)
@@ -368,7 +370,7 @@ def _module(name: str) -> Any:
     _, arguments = NETWORKS[name]
     update = {} if arguments is None else {"arguments": arguments, "weights": None}
     torch.manual_seed(0)
-    module = build_network(_config(name, ".").network.model_copy(update=update)).eval()
+    module: Any = build_network(_config(name, ".").network.model_copy(update=update)).eval()
     if name == "unet-upconv":
         for block in (module.up1, module.up2, module.up3, module.up4):
             channels = block.conv.double_conv[0].in_channels // 2

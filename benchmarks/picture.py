@@ -23,7 +23,10 @@ def main() -> None:
     folders = {precision: options.run / "validate" / precision for precision in ("fp32", "fp16", "int8")}
     file = f"{options.name}.png"
     some = folders["fp32"]
-    tiles = [("image", Image.open(some / "images" / file)), ("labels", Image.open(some / "labels" / file))]
+    tiles: list[tuple[str, Image.Image]] = [
+        ("image", Image.open(some / "images" / file)),
+        ("labels", Image.open(some / "labels" / file)),
+    ]
     tiles += [(precision.upper(), Image.open(folder / "masks" / file)) for precision, folder in folders.items()]
     masks = {precision: np.asarray(Image.open(folder / "masks" / file)) for precision, folder in folders.items()}
     flipped = masks["int8"] != masks["fp32"]

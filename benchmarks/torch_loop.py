@@ -79,7 +79,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    module = UNet(**options.arguments).eval().to(device, memory_format=torch.channels_last)
+    module = UNet(**options.arguments).eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cuda":
         module = module.half()
     paths = sorted(options.folder.glob("*.png"))

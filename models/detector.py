@@ -69,7 +69,7 @@ class Detector(nn.Module):
             for channels in (4 * c, 4 * c, 8 * c)
         )
         for head in self.heads:
-            nn.init.constant_(head[-1].bias[BOX - 1 :], PRIOR)
+            nn.init.constant_(head[-1].bias[BOX - 1 :], PRIOR)  # type: ignore[index]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         x8 = self.stage8(self.stage4(self.stem(image)))

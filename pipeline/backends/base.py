@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -69,6 +69,7 @@ class BuildRequest:
     route: RouteName
     config: EngineConfig
     table: CalibrationTable | None = None
+    _: KW_ONLY
     half_nodes: tuple[str, ...] = ()
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     timing_cache: Path | None = None
