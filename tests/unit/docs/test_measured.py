@@ -222,6 +222,25 @@ def test_engines_taken_apart(page: str, text: str, result: str) -> None:
         assert engine["passed"]
 
 
+def test_the_detectors_engines() -> None:
+    stored = content("2026-11-22-h200-detector.json")
+    for row, (name, frames) in zip(
+        table_below("frames of that stack", "detector.md"), stored["frames"].items(), strict=True
+    ):
+        found = stored["ap50"]["ONNX" if name == "onnx" else name.upper()]
+        assert [row[kind] for kind in found] == [f"{value:.4f}" for value in found.values()]
+        assert row["AP50"] == f"{statistics.mean(found.values()):.4f}"
+        assert row["frames a second"] == f"{frames['per_second']:.0f}"
+        assert row["engine and copies, ms"] == f"{frames['model_ms']:.2f}"
+        if name != "onnx":
+            engine = stored["engines"][name]
+            signals = [f"{output['signal_to_error_db']:.1f}" for output in engine["outputs"].values()]
+            assert row["signal to error, dB"] == ", ".join(signals)
+            assert row["GPU, ms"] == f"{engine['median_ms']['median']:.3f}"
+            assert row["built in, s"] == f"{engine['build_seconds']:.0f}"
+            assert engine["passed"]
+
+
 def test_predicting() -> None:
     stored, earlier = content(PREDICT), content(PREDICT_EARLIER)
     median = {job: statistics.median(laps) for job, laps in stored["folder"]["seconds"].items()}
