@@ -11,7 +11,8 @@
 # DATE           of the measurement, where the host's clock is wrong
 #
 # What is made lies in FOLDER, and what is worth keeping in FOLDER/results. On an H200 with 16 cores the parts took:
-# networks 65 s, predict 260 s, refined 155 s and engines 395 s; fleet, with two GPUs, 230 s.
+# networks 65 s, predict 260 s, refined 155 s and engines 250 s, detector 450 s, wts 220 s, keras 195 s; fleet, with two
+# GPUs, 230 s.
 set -euo pipefail
 folder=$(realpath -m "$1")
 results=$folder/results build=$folder/build
@@ -105,17 +106,25 @@ wts() { judged wts; }
 
 tries() { # of what docs/performance.md lists as not yet tried
   timed() { "$PYTHON" benchmarks/performance.py engines "$folder" -o "$results/performance.json" "${dated[@]}" "$@"; }
-  timed --networks unet-nearest --tries "fp16" "int8, shared" "*, transposed" "int8, shared, transposed, batch 8"
-  timed --networks unet-upconv --tries "fp16" "int8, shared" "*, folded"
   timed --networks unet --tries "int8, shared" "int8, shared, relu" "int8, shared, relu in int8*" \
-    "int8, shared, kept in L2" "int8, shared, timed 8 times" "fp16" "fp16, relu"
+    "int8, shared, kept in L2" "int8, shared, timed 8 times" "int8, shared, level 2" "*, 16 threads" "fp16" "fp16, relu"
+  timed --networks unet-nearest --tries "int8, shared" "int8, shared, transposed*"
+  timed --networks unet-upconv --tries "fp16" "int8, shared" "*, folded"
+}
+
+threads() { # of the build: of SiLUs, whose kernels TensorRT compiles itself
+  for count in 1 16; do
+    for stage in export clean; do torch "$stage" -c configs/detector.yaml --build-dir "$folder/threads-$count"; done
+    trt engine -c configs/detector.yaml --build-dir "$folder/threads-$count" -p fp16 --set engine.build_threads="$count"
+  done
+  keep threads threads-1 threads-16
 }
 
 tests() { "$PYTHON" -m pytest tests/gpu -m gpu; }
 
 for part in "$@"; do
   case $part in
-    networks | predict | fleet | refined | engines | detector | keras | wts | tries | tests) ;;
+    networks | predict | fleet | refined | engines | detector | keras | wts | tries | threads | tests) ;;
     *) echo "gpu_host.sh: there is no part $part" >&2 && exit 2 ;;
   esac
 done

@@ -289,6 +289,9 @@ class EngineConfig(Strict):
     timing_iterations: int = Field(
         1, ge=1, le=100, description="how often each kernel is timed; more: a steadier choice, slower to build"
     )
+    build_threads: int = Field(
+        1, ge=1, le=256, description="threads that TensorRT may build with, to compile kernels for instance"
+    )
     tf32: bool = Field(False, description="let FP32 layers compute in TF32: faster, with a mantissa of 10 bits")
     sparsity: bool = Field(False, description="kernels for weights of which 2 in 4 are zero")
     hardware_compatible: bool = Field(False, description="for every GPU from Ampere on; slower than for this one alone")

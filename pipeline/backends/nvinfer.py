@@ -165,7 +165,7 @@ def build(
         show(network, request.shown)
     inputs, outputs = network_specs(network, request.model)
     config = builder.create_builder_config()
-    configure(trt, config, request.config)
+    configure(trt, builder, config, request.config)
     profile = add_profiles(trt, builder, config, network, request.profiles)
     if adjust is not None:
         adjust(builder, network, config, profile)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 FLAGS = {"sparsity": "SPARSE_WEIGHTS", "version_compatible": "VERSION_COMPATIBLE", "refit": "REFIT"}
 # Options that are numbers, and the attributes of the builder config.
 NUMBERS = {"optimization_level": "builder_optimization_level", "timing_iterations": "avg_timing_iterations"}
+# Likewise, of the builder itself.
+BUILDER_NUMBERS = {"build_threads": "max_threads"}
 # What an engine's manifest says of how it was built.
 RECORDED = (
     "source",
@@ -25,6 +27,7 @@ RECORDED = (
     "workspace_mib",
     "optimization_level",
     "timing_iterations",
+    "build_threads",
     "tf32",
     "sparsity",
     "hardware_compatible",
@@ -37,15 +40,16 @@ DEFAULTS = EngineConfig()
 FOREIGN_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 
 
-def configure(trt: Api, config: tensorrt.IBuilderConfig, settings: EngineConfig) -> None:
-    """Set every option on a builder config.
+def configure(trt: Api, builder: tensorrt.Builder, config: tensorrt.IBuilderConfig, settings: EngineConfig) -> None:
+    """Set every option on a builder and its config.
 
     Raises:
         UnsupportedError: naming the option, where this library does not have it or refuses it.
     """
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
-    for option, name in NUMBERS.items():
-        _set_number(trt, config, option, name, getattr(settings, option))
+    for target, numbers in ((config, NUMBERS), (builder, BUILDER_NUMBERS)):
+        for option, name in numbers.items():
+            _set_number(trt, target, option, name, getattr(settings, option))
     if hasattr(trt.BuilderFlag, "TF32"):
         (config.set_flag if settings.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     elif settings.tf32:
@@ -79,9 +83,9 @@ def chosen(settings: EngineConfig) -> tuple[str, ...]:
     return tuple(f"engine.{name}" for name in RECORDED if getattr(settings, name) != getattr(DEFAULTS, name))
 
 
-def _set_number(trt: Api, config: tensorrt.IBuilderConfig, option: str, name: str, value: int) -> None:
-    if hasattr(config, name):
-        setattr(config, name, value)
+def _set_number(trt: Api, target: Any, option: str, name: str, value: int) -> None:
+    if hasattr(target, name):
+        setattr(target, name, value)
     elif value != getattr(DEFAULTS, option):
         raise _lacking(trt, option)
 

@@ -68,8 +68,13 @@ def config(trt):
     return Config(trt)
 
 
-def test_defaults(trt, config):
-    configure(trt, config, EngineConfig())
+@pytest.fixture
+def builder():
+    return SimpleNamespace(max_threads=1)
+
+
+def test_defaults(trt, builder, config):
+    configure(trt, builder, config, EngineConfig())
     assert config.flags == set()
     assert config.profiling_verbosity == "DETAILED"
     assert config.hardware_compatibility_level == "NONE"
@@ -85,46 +90,53 @@ def test_defaults(trt, config):
         ("refit", "REFIT"),
     ],
 )
-def test_flags(trt, config, option, flag):
-    configure(trt, config, EngineConfig(**{option: True}))
+def test_flags(trt, builder, config, option, flag):
+    configure(trt, builder, config, EngineConfig(**{option: True}))
     assert config.flags == {flag}
 
 
-def test_levels(trt, config):
-    settings = EngineConfig(hardware_compatible=True, profiling="none", optimization_level=5, timing_iterations=8)
-    configure(trt, config, settings)
+def test_levels(trt, builder, config):
+    settings = EngineConfig(
+        hardware_compatible=True, profiling="none", optimization_level=5, timing_iterations=8, build_threads=4
+    )
+    configure(trt, builder, config, settings)
     assert config.avg_timing_iterations == 8
     assert config.hardware_compatibility_level == "AMPERE_PLUS"
     assert config.profiling_verbosity == "NONE"
     assert config.builder_optimization_level == 5
+    assert builder.max_threads == 4
 
 
 @pytest.mark.parametrize("option", ["tf32", "sparsity", "version_compatible", "refit", "hardware_compatible"])
-def test_what_the_library_does_not_know(trt, config, option):
+def test_what_the_library_does_not_know(trt, builder, config, option):
     trt.BuilderFlag, trt.HardwareCompatibilityLevel = SimpleNamespace(), SimpleNamespace()
-    configure(trt, config, EngineConfig())
+    configure(trt, builder, config, EngineConfig())
     with pytest.raises(UnsupportedError, match=rf"^trt_.* 8\.6\.0 does not offer engine\.{option}") as caught:
-        configure(trt, config, EngineConfig(**{option: True}))
+        configure(trt, builder, config, EngineConfig(**{option: True}))
     assert f"leave engine.{option} at False" in caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("option", "attribute"),
-    [("optimization_level", "builder_optimization_level"), ("timing_iterations", "avg_timing_iterations")],
+    [
+        ("optimization_level", "builder_optimization_level"),
+        ("timing_iterations", "avg_timing_iterations"),
+        ("build_threads", "max_threads"),
+    ],
 )
-def test_a_number_that_the_library_does_not_know(trt, config, option, attribute):
-    delattr(config, attribute)
-    configure(trt, config, EngineConfig())
+def test_a_number_that_the_library_does_not_know(trt, builder, config, option, attribute):
+    delattr(builder if hasattr(builder, attribute) else config, attribute)
+    configure(trt, builder, config, EngineConfig())
     with pytest.raises(UnsupportedError, match=rf"does not offer engine\.{option}"):
-        configure(trt, config, EngineConfig(**{option: 4}))
+        configure(trt, builder, config, EngineConfig(**{option: 4}))
 
 
-def test_what_the_library_knows_and_refuses(trt, config):
+def test_what_the_library_knows_and_refuses(trt, builder, config):
     config.refused = {"REFIT", "level"}
     with pytest.raises(UnsupportedError, match=r"engine\.refit: .*REFIT is not possible"):
-        configure(trt, config, EngineConfig(refit=True))
+        configure(trt, builder, config, EngineConfig(refit=True))
     with pytest.raises(UnsupportedError, match=r"engine\.hardware_compatible: setHardware.* is unsupported"):
-        configure(trt, config, EngineConfig(hardware_compatible=True))
+        configure(trt, builder, config, EngineConfig(hardware_compatible=True))
 
 
 def test_what_is_recorded():
