@@ -8,7 +8,6 @@ from pipeline.metrics.latency import Estimate
 from pipeline.reports import Check, Interval, OwnFigure, Throughput, Timing, ValidationReport
 
 ABSENT = "–"
-VERDICT_HEADINGS = ("precision", "mIoU", "against FP32", "same class as FP32", "ran on", "verdict")
 CHECK_HEADINGS = ("check", "value", "bound", "result", "worst")
 TIMING_HEADINGS = (
     "candidate",
@@ -35,17 +34,34 @@ THROUGHPUT_HEADINGS = ("candidate", "batch", "streams", "images/s", "measured")
 OWN_HEADINGS = ("program", "engine", "ms", "what it times")
 
 
-def verdict_row(report: ValidationReport) -> tuple[str, ...]:
-    """One precision under VERDICT_HEADINGS; brackets hold 95 % intervals."""
+def verdict_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows, a row a precision; brackets hold 95 % intervals."""
+    rows = [
+        (
+            report.candidate.precision,
+            *headline(report).values(),
+            report.candidate.ran + (", emulated" if report.candidate.emulated else ""),
+            "passed" if report.passed else "FAILED",
+        )
+        for report in reports
+    ]
+    return ("precision", *headline(reports[0]), "ran on", "verdict"), rows
+
+
+def headline(report: ValidationReport) -> dict[str, str]:
+    """The figures that say most of a precision: of masks, or of the worst output where there are none."""
+    if report.output == "tensors":
+        return {
+            "signal to error": report.least_signal,
+            "cosine": report.least_cosine,
+            "largest error": report.largest_error,
+        }
     scores, drop = report.scores, report.drops.get("mean_iou")
-    return (
-        report.candidate.precision,
-        bracketed(scores.mean_iou, scores.intervals.get("mean_iou")) if scores else no_scores(report),
-        bracketed(0 - drop.value, negated(drop.interval), "+.4f") if drop else ABSENT,
-        ABSENT if report.agreement is None else f"{100 * report.agreement:.3f} %",
-        report.candidate.ran + (", emulated" if report.candidate.emulated else ""),
-        "passed" if report.passed else "FAILED",
-    )
+    return {
+        "mIoU": bracketed(scores.mean_iou, scores.intervals.get("mean_iou")) if scores else "no labels",
+        "against FP32": bracketed(0 - drop.value, negated(drop.interval), "+.4f") if drop else ABSENT,
+        "same class as FP32": ABSENT if report.agreement is None else f"{100 * report.agreement:.3f} %",
+    }
 
 
 def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -67,6 +83,16 @@ def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], 
     if any(report.agreement is not None for report in reports):
         rows.append(("boundary F-score against FP32", "", *(number(report.boundary_f) for report in reports)))
         rows.append(("flipped pixels, near-ties among them", "", *(_flips(report) for report in reports)))
+    if reports[0].output == "tensors":
+        return (headings[0], *headings[2:]), [
+            (figure.format(name), *(number(getattr(r.outputs[name], key), spec) for r in reports))
+            for name in reports[0].outputs
+            for figure, key, spec in (
+                ("signal to error of {}, dB", "signal_to_error_db", ".1f"),
+                ("cosine of {}", "cosine", ".6f"),
+                ("largest error of {}", "max_abs", ".3g"),
+            )
+        ]
     cosines = (", ".join(number(o.cosine, ".6f") for o in r.outputs.values()) for r in reports)
     decibels = (", ".join(number(o.signal_to_error_db, ".1f") for o in r.outputs.values()) for r in reports)
     rows += [
@@ -77,15 +103,10 @@ def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], 
     return headings, rows
 
 
-def no_scores(report: ValidationReport) -> str:
-    """What stands in the place of figures that need labels."""
-    return ABSENT if report.output == "tensors" else "no labels"
-
-
 def check_row(check: Check) -> tuple[str, ...]:
     """One bound under CHECK_HEADINGS, with its worst offender."""
     worst = str(check.offenders[0]) if check.offenders else check.worst_image or ""
-    return (check.name, check.shown, f"{check.bound:g}", "passed" if check.passed else "failed", worst)
+    return (check.name, check.shown, check.limit, "passed" if check.passed else "failed", worst)
 
 
 def timing_row(timing: Timing) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ class Check:
     Attributes:
         offenders: the worst first, three at most; of a class its worst image, with the class's figure.
         at_least: whether the bound has to be reached; otherwise it must not be exceeded.
+        decibels: whether value and bound are signals over their errors, in dB; without, what has to reach a bound is a
+            share of 1.
     """
 
     name: str
@@ -64,19 +66,27 @@ class Check:
     worst_image: str | None = None
     offenders: tuple[Offender, ...] = ()
     at_least: bool = False
+    decibels: bool = False
 
     @property
     def shown(self) -> str:
         return "not finite" if self.value is None else f"{self.value:.5g}"
 
     @property
+    def limit(self) -> str:
+        """The bound for people, such as "at least 0.97"."""
+        return f"at {'least' if self.at_least else 'most'} {self.bound:g}"
+
+    @property
     def used(self) -> float | None:
         """Share of the budget that is used up, 0 or more; None where the figure is not finite or nothing is allowed.
 
-        What has to reach a bound is a share, so its budget is what the bound lacks of 1.
+        Where a bound has to be reached, the budget is what the bound lacks of 1, or the error that it allows.
         """
         if self.value is None:
             return None
+        if self.decibels:
+            return float(10 ** ((self.bound - self.value) / 20))
         spent, allowed = (1 - self.value, 1 - self.bound) if self.at_least else (self.value, self.bound)
         return max(spent, 0.0) / allowed if allowed > 0 else None
 
@@ -218,10 +228,26 @@ class ValidationReport:
     resamples: int = 0
 
     @property
+    def least_signal(self) -> str:
+        """The least ``signal_to_error_db`` of an output, for people."""
+        known = [found.signal_to_error_db for found in self.outputs.values() if found.signal_to_error_db is not None]
+        return f"{min(known):.1f} dB" if known else "no error"
+
+    @property
+    def least_cosine(self) -> str:
+        """The least cosine of an output, for people."""
+        known = [found.cosine for found in self.outputs.values() if found.cosine is not None]
+        return f"{min(known):.6f}" if known else "–"
+
+    @property
     def largest_error(self) -> str:
-        """``max_abs_error`` for people."""
+        """``max_abs_error`` for people; where outputs have ranges of their own, the largest error of any."""
         if self.output == "labels":
             return "labels only"
+        if self.output == "tensors":
+            errors = [found.max_abs for found in self.outputs.values()]
+            known = [error for error in errors if error is not None]
+            return f"{max(known):.3g}" if len(known) == len(errors) else "not finite"
         return "not finite" if self.max_abs_error is None else f"{self.max_abs_error:.3g} of {self.logit_range:.3g}"
 
 

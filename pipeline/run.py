@@ -532,7 +532,7 @@ class Run:
     def verdict(self, precisions: Sequence[Precision]) -> None:
         """Raise CheckFailed where a precision did not pass; every report stands by then."""
         failed = [
-            f"{p}: {check.name} {check.shown} (bound {check.bound:g})"
+            f"{p}: {check.name} {check.shown} ({check.limit})"
             + (f", worst: {', '.join(map(str, check.offenders))}" if check.offenders else "")
             for p in precisions
             for check in self.validate(p).checks

@@ -136,7 +136,8 @@ class ValueTally:
         worst = self._figures(name).worst
         offenders = (Offender(worst.value, worst.image, None, "cosine"),) if worst else ()
         passed = value is not None and value >= bound
-        return Check(f"signal to error of output {name}, dB", value, bound, passed, image_of(offenders), offenders)
+        label = f"signal to error of output {name}, dB"
+        return Check(label, value, bound, passed, image_of(offenders), offenders, at_least=True, decibels=True)
 
 
 class TensorJudge:

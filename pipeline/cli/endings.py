@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def print_verdict(work: Run, precisions: Sequence[Precision], page: Path | None, json: bool) -> None:
     """The reports of validation as tables, with where the page and the masks are; or as JSON."""
-    from pipeline.presenting import VERDICT_HEADINGS, figure_table, verdict_row
+    from pipeline.presenting import figure_table, verdict_table
 
     reports = [work.validate(precision) for precision in precisions]
     if json:
         print_json(reports)
         return
-    print_table(VERDICT_HEADINGS, [verdict_row(report) for report in reports])
+    print_table(*verdict_table(reports))
     print_table(*figure_table(reports))
     if any(r.candidate.emulated for r in reports):
         print(

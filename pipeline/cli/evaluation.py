@@ -96,7 +96,7 @@ def _validate_files(
     from pipeline.data.dataset import image_folder
     from pipeline.errors import CheckFailed
     from pipeline.opening import describe_candidate, open_model
-    from pipeline.presenting import CHECK_HEADINGS, VERDICT_HEADINGS, check_row, figure_table, verdict_row
+    from pipeline.presenting import CHECK_HEADINGS, check_row, figure_table, verdict_table
     from pipeline.stages.validate import validate as judge
 
     output = _own_folder(output, [model, engine, images, *([labels] if labels else [])])
@@ -122,7 +122,7 @@ def _validate_files(
     if json:
         print_json(verdict)
     else:
-        print_table(VERDICT_HEADINGS, [verdict_row(verdict)])
+        print_table(*verdict_table([verdict]))
         print_table(*figure_table([verdict]))
         print_table(CHECK_HEADINGS, [check_row(check) for check in verdict.checks])
     if not verdict.passed:

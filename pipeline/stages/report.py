@@ -27,7 +27,7 @@ from pipeline.mixed.report import MixReport
 from pipeline.page.answers import Answers, answer
 from pipeline.page.network import Network, account_for_blocks, draw_network
 from pipeline.page.plots import along, columns, lengths, rates, steps
-from pipeline.presenting import bracketed, negated, no_scores, number, percent
+from pipeline.presenting import bracketed, headline, negated, number, percent
 from pipeline.reports import BenchmarkReport, Interval, PicturedImage, PicturesReport, ValidationReport
 
 PAGE, SUMMARY, DATA = "index.html", "report.md", "report.json"
@@ -159,7 +159,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals.update(bracketed=bracketed, negated=negated, no_scores=no_scores, number=number, percent=percent)
+    made.globals.update(bracketed=bracketed, headline=headline, negated=negated, number=number, percent=percent)
     made.globals.update(along=along, columns=columns, lengths=lengths, rates=rates, steps=steps)
     return made
 

@@ -54,7 +54,12 @@ def test_every_precision_passes_by_the_values_alone(build: tuple[Path, Result]) 
     assert "masks" not in result.out
     page = (folder / "report" / "index.html").read_text()
     assert "signal to error of output small, dB" in page
-    assert "IoU" not in page.replace("mIoU", "")
+    assert "at least 40: " in page
+    summary = (folder / "report" / "report.md").read_text()
+    worst = min(decibels["int8"])
+    for text in (page, summary, result.out):
+        assert "IoU" not in text
+        assert f"{worst:.1f} dB" in text
 
 
 def test_regression_compares_cosines(build: tuple[Path, Result]) -> None:

@@ -131,7 +131,7 @@ def test_validation_fails_beyond_its_bounds_and_still_writes_its_report(project:
     project.edit(validate={"tolerances": bound})
     result = unet_trt("validate", "-c", project.config, "-p", "int8")
     assert result.code == 1, result
-    assert "images outside 3 (bound 0)" in result.err
+    assert "images outside 3 (at most 0)" in result.err
     report = load(project.root / "working" / "build" / "tiny" / "validate" / "int8" / "report.json")
     assert report["passed"] is False
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Tolerance
-from pipeline.presenting import CHECK_HEADINGS, VERDICT_HEADINGS, check_row, figure_table, percent, verdict_row
-from pipeline.reports import ValidationReport
+from pipeline.presenting import CHECK_HEADINGS, check_row, figure_table, percent, verdict_table
+from pipeline.reports import Check, ValidationReport
 from pipeline.stages.report import Inputs, write_report
 from tests.unit.stages.test_validate import CARD, MASK, Constant, dataset, judge, logits_of
 
@@ -22,7 +22,8 @@ def verdict(tmp_path: Path) -> ValidationReport:
 
 
 def test_terminal_tables(verdict: ValidationReport) -> None:
-    row = dict(zip(VERDICT_HEADINGS, verdict_row(verdict), strict=True))
+    headings, (shown,) = verdict_table([verdict])
+    row = dict(zip(headings, shown, strict=True))
     assert row["mIoU"].startswith("0.9")
     assert " [" in row["mIoU"]
     assert row["verdict"] == "FAILED"
@@ -37,7 +38,7 @@ def test_terminal_tables(verdict: ValidationReport) -> None:
 def test_tables_without_labels(tmp_path: Path) -> None:
     free = Tolerance(atol=1, rtol=1, min_agreement=0, max_miou_drop=None)
     report = judge(Constant(logits_of(MASK)), dataset(None, None), tmp_path, free)
-    assert verdict_row(report)[1:3] == ("no labels", "–")
+    assert verdict_table([report])[1][0][1:3] == ("no labels", "–")
     assert not any(row[0].startswith("IoU") for row in figure_table([report])[1])
 
 
@@ -67,6 +68,10 @@ def test_budgets(verdict: ValidationReport, tmp_path: Path) -> None:
     assert drop.used == pytest.approx(0.2)
     assert replace(drop, value=-0.1).used == 0
     assert replace(drop, value=None).used is None
+    signal = Check("signal to error of output a, dB", 60.0, 40.0, True, at_least=True, decibels=True)
+    assert signal.used == pytest.approx(0.1)
+    assert replace(signal, value=34.0).used == pytest.approx(2, abs=0.01)
+    assert [check.limit for check in (signal, drop)] == ["at least 40", "at most 0.01"]
     assert [percent(share) for share in (0, 0.001, 0.034, 1.5)] == ["0 %", "<1 %", "3 %", "150 %"]
 
 
@@ -77,4 +82,4 @@ def test_report_without_labels(tmp_path: Path) -> None:
     folder.mkdir()
     page = write_report(Inputs(CARD, {"int8": report}), folder).read_text()
     assert "not measured, as the validation images have no label maps" in page
-    assert "| no labels | no labels |" in (folder / "report.md").read_text()
+    assert "| no labels | – |" in (folder / "report.md").read_text()
