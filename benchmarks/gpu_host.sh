@@ -48,7 +48,7 @@ judged() {
 }
 
 networks() { # UNets of 64 base channels for batches of 1 and 8
-  "$TORCH_PYTHON" benchmarks/performance.py export "$folder" --networks unet unet-nearest unet-upconv
+  "$TORCH_PYTHON" benchmarks/performance.py export "$folder" --networks unet unet-nearest unet-upconv camvid
   for name in raw raw-8; do trt clean "$folder/unet/$name.onnx" -o "$folder/$name-clean.onnx"; done
 }
 
@@ -110,6 +110,7 @@ tries() { # of what docs/performance.md lists as not yet tried
     "int8, shared, kept in L2" "int8, shared, timed 8 times" "int8, shared, level 2" "*, 16 threads" "fp16" "fp16, relu"
   timed --networks unet-nearest --tries "int8, shared" "int8, shared, transposed*"
   timed --networks unet-upconv --tries "fp16" "int8, shared" "*, folded"
+  timed --networks camvid --camvid "$CAMVID_ROOT" --tries "fp16" "fp16, relu" "int8, shared" "int8, shared, relu in int8*"
 }
 
 threads() { # of the build: of SiLUs, whose kernels TensorRT compiles itself
