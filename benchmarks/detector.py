@@ -14,6 +14,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.inputs import decoded, find_files, inputs_of
 from pipeline.data.pictures import as_rgb
 from pipeline.data.preprocessing import normalise, preprocess
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.facts import required_card
 from pipeline.metrics.detection import average_precision, decode, suppress
 from pipeline.opening import open_model
@@ -261,4 +262,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import write_atomically
 from pipeline.backends.runner import EngineRunner
 from pipeline.engines import load_engine, read_manifest
+from pipeline.errors import PipelineError
 from pipeline.metrics.interleaving import interleave
 
 
@@ -101,4 +103,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PipelineError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

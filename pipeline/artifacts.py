@@ -333,6 +333,6 @@ def _locked(handle: int, folder: Path) -> bool:
 def _unwritable(path: Path, error: OSError) -> BuildFolderError:
     return BuildFolderError(
         f"cannot write {path}: {error.strerror or error}",
-        expected="a writable folder with space left",
-        fix="choose another with -o or --build-dir (BUILD=), or free space",
+        expected="a folder that exists, can be written to and has space left",
+        fix="make the folder, choose another path, or free space",
     )

@@ -637,9 +637,16 @@ def _explain(error: ValidationError) -> list[str]:
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:
-    model: Any = Config
+    model: type[BaseModel] | None = Config
     for part in location:
-        fields = {f.alias or name: f.annotation for name, f in getattr(model, "model_fields", {}).items()}
-        candidates = [fields.get(str(part)), *getattr(fields.get(str(part)), "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        fields = {f.alias or name: f.annotation for name, f in model.model_fields.items()} if model else {}
+        # What is no field is a key of a mapping, or a place in a list: the model is that of its values.
+        model = _model_in(fields[str(part)]) if str(part) in fields else model
     return [f.alias or name for name, f in model.model_fields.items()] if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model within a type such as ``dict[str, Model]`` or ``tuple[Model, ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.artifacts import SCHEMA_VERSION
 from pipeline.backends.base import Arrays, Runner
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
-from pipeline.errors import CalibrationError, ModelError
+from pipeline.errors import CheckFailed, ModelError
 from pipeline.graph.emulate import exactly_rounded, overflowing
 from pipeline.graph.placement import activation_tensors, is_convolution
 from pipeline.graph.shapes import dims, infer_at
@@ -33,7 +33,7 @@ ACTIVATIONS = ("Relu", "LeakyRelu", "PRelu", "Clip")
 
 @dataclass(frozen=True)
 class TensorDrift:
-    """One tensor, over all images.
+    """One tensor, over all images. Values of the candidate that are NaN or infinite count as 0, all signal lost.
 
     Attributes:
         node, op: what gives it.
@@ -41,6 +41,7 @@ class TensorDrift:
         cosine: of all values as one vector; None where one side is zero.
         max_abs_error, largest: largest |x - y| and |x|, in the tensor's unit.
         saturated: share of FP32's values beyond the range of the tensor's Q/DQ pair; None without one.
+        not_finite: the candidate's values that are NaN or infinite, by image.
     """
 
     tensor: str
@@ -51,6 +52,7 @@ class TensorDrift:
     max_abs_error: float
     largest: float
     saturated: float | None
+    not_finite: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,18 @@ class DriftReport:
     notes: tuple[str, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
+    def verdict(self) -> None:
+        """Raise CheckFailed where a tensor is not finite, naming the first."""
+        bad = [entry for entry in self.tensors if entry.not_finite]
+        if bad:
+            image, count = max(bad[0].not_finite.items(), key=lambda found: found[1])
+            raise CheckFailed(
+                f"{len(bad)} of {len(self.tensors)} tensors hold NaN or infinite values where FP32's are finite",
+                expected="finite values everywhere",
+                got=f"first in {bad[0].tensor}: {sum(bad[0].not_finite.values())} values, most in {image}: {count}",
+                fix="build another precision, exclude the node in INT8 (engine.exclude), or scale the weights there",
+            )
+
 
 def drift(
     clean: ModelProto,
@@ -79,6 +93,7 @@ def drift(
     feeds: Sequence[Arrays],
     ran: str,
     *,
+    names: Sequence[str] = (),
     limit: float = GROUP_BYTES,
     engine: Callable[[], AbstractContextManager[Runner]] | None = None,
 ) -> DriftReport:
@@ -89,16 +104,17 @@ def drift(
         typed: what the candidate was made from; tells which of the tensors still exist, and the ranges of its pairs.
         candidate: opens a runner that gives the tensors named, by their names.
         feeds: the images as the graph takes them.
+        names: of the images.
         limit: bytes of FP32 tensors of one image that are compared at a time.
         engine: opens the engine that the candidate stands for. What lies within its fused layers is not compared, as
             showing it would split them; and the report notes how far the candidate's outputs are from the engine's.
 
     Raises:
-        ModelError: there is no image, or a graph that cannot be run.
-        CalibrationError: a tensor of the candidate holds NaN or infinite values.
+        ModelError: there is no image, a graph that cannot be run, or a tensor of FP32 that is not finite.
     """
     if not feeds:
         raise ModelError("there is no image to compare the layers on", fix="name validation images")
+    names = names or [f"image {place}" for place in range(len(feeds))]
     producers = {name: node for node in clean.graph.node for name in node.output}
     wanted = [tensor for tensor in activation_tensors(clean) if tensor in producers]
     existing = {name for node in typed.graph.node for name in node.output}
@@ -109,10 +125,10 @@ def drift(
     outputs: dict[str, list[NDArray[np.floating]]] = {value.name: [] for value in clean.graph.output}
     for group in _groups(clean, [tensor for tensor in wanted if tensor in existing], feeds[0], limit):
         with _with_outputs(clean, group) as reference, candidate(group) as other:
-            for feed in feeds:
+            for name, feed in zip(names, feeds, strict=True):
                 ours, theirs = other(feed), reference(feed)
                 for tensor in group:
-                    sums.setdefault(tensor, _Sums(tensor, ranges.get(tensor))).add(theirs[tensor], ours[tensor])
+                    sums.setdefault(tensor, _Sums(tensor, ranges.get(tensor))).add(theirs[tensor], ours[tensor], name)
                     if tensor in outputs and engine is not None:
                         outputs[tensor].append(ours[tensor])
     tensors = tuple(sums[tensor].figures(producers[tensor]) for tensor in wanted if tensor in sums)
@@ -158,8 +174,8 @@ def _changed(
         own = [runner(feed) for feed in feeds]
     for name, shown in outputs.items():
         sums = _Sums(name, None)
-        for mine, other in zip(own, shown, strict=True):
-            sums.add(mine[name], other)
+        for place, (mine, other) in enumerate(zip(own, shown, strict=True)):
+            sums.add(mine[name], other, f"image {place}")
         ratio = sums.sqnr_db()
         how = "the same as the engine's own" if ratio is None else f"{ratio:.1f} dB (SQNR) from the engine's own"
         yield f"with tensors shown, which splits fused layers, {name} is {how}"
@@ -207,15 +223,21 @@ class _Sums:
         self.signal = self.noise = self.product = self.power = 0.0
         self.worst = self.largest = 0.0
         self.beyond = self.count = 0
+        self.not_finite: dict[str, int] = {}
 
-    def add(self, reference: NDArray[np.floating], other: NDArray[np.floating]) -> None:
+    def add(self, reference: NDArray[np.floating], other: NDArray[np.floating], image: str) -> None:
         x, y = reference.astype(np.float64), other.astype(np.float64)
-        if not np.isfinite(y).all():
-            raise CalibrationError(
-                f"tensor {self.tensor} of the candidate holds NaN or infinite values",
-                expected=f"values as FP32's, at most {np.abs(x).max():.4g}",
-                fix="exclude the node that gives it (engine.exclude), or build another precision",
+        if not np.isfinite(x).all():
+            raise ModelError(
+                f"tensor {self.tensor} of the FP32 graph holds {int((~np.isfinite(x)).sum())} NaN or infinite values",
+                expected="a network that is finite in FP32",
+                got=f"them in {image}",
+                fix="look for the weights that do it: no precision can be compared with this",
             )
+        bad = ~np.isfinite(y)
+        if bad.any():
+            self.not_finite[image] = int(bad.sum())
+            y[bad] = 0
         error = x - y
         self.signal += float(np.vdot(x, x))
         self.noise += float(np.vdot(error, error))
@@ -241,6 +263,7 @@ class _Sums:
             max_abs_error=self.worst,
             largest=self.largest,
             saturated=self.beyond / self.count if self.amax is not None and self.count else None,
+            not_finite=self.not_finite,
         )
 
 
@@ -258,6 +281,8 @@ def _jump(tensors: Iterable[TensorDrift], producers: Mapping[str, NodeProto]) ->
 
     for entry in tensors:
         compared.add(entry.tensor)
+        if entry.not_finite:
+            return entry.tensor
         if entry.sqnr_db is None:
             continue
         before = [seen[name] for name in sources(entry.tensor) if name in seen]

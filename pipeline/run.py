@@ -345,12 +345,14 @@ class Run:
             graph = load_model(typed) if typed.is_file() else clean
             (spec,) = model_inputs(clean)
             feeds = [feed_image(spec, s.image, self.config.preprocessing, f"the image {s.name}") for s in dataset]
+            names = dataset.names
             if what.emulated:
-                report = drift(clean, graph, emulated(graph), feeds, f"{what.ran}, emulating the typed graph")
+                ran = f"{what.ran}, emulating the typed graph"
+                report = drift(clean, graph, emulated(graph), feeds, ran, names=names)
             else:
                 shown = functools.partial(self._shown, precision)
                 # One engine for all: its fusions, and so its values, depend on what is shown.
-                report = drift(clean, graph, shown, feeds, what.ran, limit=math.inf, engine=opens)
+                report = drift(clean, graph, shown, feeds, what.ran, names=names, limit=math.inf, engine=opens)
             write_atomically(folder / "report.json", to_json(report))
 
         target = self._kept.stage(f"layers/{precision}", make, **self._of_layers(precision))
@@ -529,21 +531,26 @@ class Run:
             / "index.html"
         )
 
-    def verdict(self, precisions: Sequence[Precision]) -> None:
-        """Raise CheckFailed where a precision did not pass; every report stands by then."""
-        failed = [
+    def verdict(self, precisions: Sequence[Precision], page: Path | None = None) -> None:
+        """Raise CheckFailed where a precision did not pass; every report stands by then.
+
+        Args:
+            page: that shows these very verdicts; None where none was made of them.
+        """
+        failed = {p: [check for check in self.validate(p).checks if not check.passed] for p in precisions}
+        told = [
             f"{p}: {check.name} {check.shown} ({check.limit})"
             + (f", worst: {', '.join(map(str, check.offenders))}" if check.offenders else "")
-            for p in precisions
-            for check in self.validate(p).checks
-            if not check.passed
+            for p, checks in failed.items()
+            for check in checks
         ]
-        if failed:
+        if told:
+            reports = [str(self.folder / "validate" / p / "report.json") for p, checks in failed.items() if checks]
             raise CheckFailed(
-                f"{len(failed)} check(s) of {self.config.name} failed",
+                f"{len(told)} check(s) of {self.config.name} failed",
                 expected="every figure within its bound (validate.tolerances)",
-                got="; ".join(failed),
-                fix=f"look at {self.folder / 'report' / 'index.html'}, or at validate/<precision>/report.json",
+                got="; ".join(told),
+                fix=f"look at {page or ', '.join(reports)}" + ("" if page else ", or make the page: unet-trt report"),
             )
 
     def judged(self, precision: Precision) -> Judged:

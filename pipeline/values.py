@@ -80,8 +80,9 @@ class ValueTally:
         return next(iter(self.errors.values()), {})
 
     def largest(self) -> float:
-        """Largest |value| of the reference's first output; 0 without images."""
-        return float(np.max([0.0, *(max(abs(e.low), abs(e.high)) for e in self.first_errors.values())]))
+        """Largest |value| of the reference's first output, over the images where it is finite; 0 without one."""
+        ranges = [max(abs(errors.low), abs(errors.high)) for errors in self.first_errors.values()]
+        return max((value for value in ranges if np.isfinite(value)), default=0.0)
 
     def report(self) -> dict[str, OutputErrors]:
         """The figures of every output."""

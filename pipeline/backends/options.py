@@ -115,7 +115,7 @@ def _accepted(trt: Api, option: str, apply: Callable[[], None], holds: Callable[
         apply()
         kept = holds()
     if not kept:
-        raise _lacking(trt, option, "; ".join(dict.fromkeys(text[3:].strip() for text in messages)))
+        raise _lacking(trt, option, messages[0][3:].strip() if messages else "")
 
 
 def _lacking(trt: Api, option: str, said: str = "") -> UnsupportedError:

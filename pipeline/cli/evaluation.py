@@ -68,7 +68,10 @@ def validate(
         precisions = chosen_precisions(settings, precision)
         with open_fleet(distributed, address, workers) as fleet, open_run(settings, build_dir, force, fleet) as work:
             if layers:
-                print_drift({each: work.layers(each) for each in precisions}, json)
+                reports = {str(each): work.layers(each) for each in precisions}
+                print_drift(reports, json)
+                for report in reports.values():
+                    report.verdict()
                 return
             for each in precisions:
                 work.validate(each)
@@ -218,12 +221,16 @@ def regress(
     if reason is not None and not (update and reason.strip()):
         raise _bad_reason(update)
     precisions = chosen_precisions(settings, precision)
+    path = baseline or Path("baselines", f"{settings.name}.json")
     with open_run(settings, build_dir, False) as work:
+        network = work.network_sha256()
+        if update:
+            stage.check_updated(settings.name, network, path, reason)
+        else:
+            stage.check_compared(settings.name, network, path)
         reports = [work.validate(each) for each in precisions]
         runs = any(not report.candidate.emulated for report in reports)
         timings = work.benchmark(precisions) if runs else None
-        network = work.network_sha256()
-    path = baseline or Path("baselines", f"{settings.name}.json")
     if update:
         comparison = stage.update(settings.name, network, reports, timings, path, reason)
     else:

@@ -66,7 +66,7 @@ def run(
         print_verdict(work, precisions, page, json)
         if not json:
             print_speed_verdict(work.benchmark(precisions))
-        work.verdict(precisions)
+        work.verdict(precisions, page)
         if require_speedup:
             work.require_speedup(precisions)
         if not json:

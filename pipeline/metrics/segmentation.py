@@ -89,14 +89,14 @@ def mean(figures: Figures) -> Figures:
 
 
 def class_iou(confusion: Counts) -> Figures:
-    """``iou`` of one confusion matrix."""
-    return iou(overlaps(confusion))
+    """``iou`` of one confusion matrix; NaN for classes that the reference does not hold."""
+    overlap = overlaps(confusion)
+    return where_held(iou(overlap), overlap)
 
 
 def mean_iou(confusion: Counts) -> float:
-    """Mean of class_iou over the classes that the reference holds; NaN where it holds none."""
-    overlap = overlaps(confusion)
-    return float(mean(where_held(iou(overlap), overlap)))
+    """Mean of class_iou; NaN where the reference holds no class."""
+    return float(mean(class_iou(confusion)))
 
 
 def pixel_accuracy(confusion: Counts) -> float:

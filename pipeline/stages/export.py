@@ -255,11 +255,19 @@ def _compare(module: nn.Module, target: Path, images: Sequence[NDArray[np.float3
     with OnnxRuntimeRunner(target) as runner, torch.inference_mode():
         spec = runner.inputs[0]
         batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
-        for image in images:
+        for place, image in enumerate(images):
             feed = np.repeat(image[np.newaxis], batch, axis=0)
             outputs = runner({spec.name: feed})
             for output, tensor in zip(runner.outputs, _tensors(module(torch.from_numpy(feed))), strict=True):
                 reference = tensor.numpy()
+                bad = int((~np.isfinite(reference)).sum())
+                if bad:
+                    raise ModelError(
+                        f"the network's own output {output.name} holds NaN or infinite values",
+                        expected="finite values, in torch and FP32",
+                        got=f"{bad} of {reference.size} that are not, on image {place + 1} of {len(images)}",
+                        fix="look for the weights that do it",
+                    )
                 # A NaN on either side must fail, and max() would drop it.
                 error = np.abs(reference - outputs[output.name]).max()
                 worst[output.name] = float(np.maximum(worst.get(output.name, 0.0), error))

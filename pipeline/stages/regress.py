@@ -12,6 +12,7 @@ own, which may be edited in the file and outlives ``--update``:
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
@@ -19,14 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pipeline.artifacts import to_json, write_atomically
 from pipeline.config import Precision
 from pipeline.errors import CheckFailed, ConfigError, InputError
 from pipeline.reports import BenchmarkReport, ValidationReport
+from pipeline.values import NOT_FINITE
 
+log = logging.getLogger(__name__)
 BASELINE_SCHEMA = 2
 EMULATED = "emulated"
 TOLERANCES = {
@@ -48,8 +51,8 @@ Status = Literal["same", "better", "worse", "missing", "new", "skipped"]
 class Figure:
     """An accepted value and how much worse it may become: absolute for accuracy, relative for latency."""
 
-    value: float
-    tolerance: float
+    value: FiniteFloat
+    tolerance: FiniteFloat
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,33 @@ def latency_figures(benchmark: BenchmarkReport | None) -> tuple[dict[str, float 
     return ratios, [] if ratios else ["latency: a ratio needs two engines timed in the same run"]
 
 
+def check_compared(config: str, network: str, path: Path) -> Baseline:
+    """The baseline at ``path``: what can be refused before a run.
+
+    Raises:
+        InputError: none, or one of another config, network or schema.
+    """
+    old = read_baseline(path)
+    _check_owner(old, path, config, network)
+    return old
+
+
+def check_updated(config: str, network: str, path: Path, reason: str | None) -> Baseline:
+    """What an update keeps of the baseline at ``path``: what can be refused before a run.
+
+    Raises:
+        InputError: it belongs to another config.
+        ConfigError: accepted figures would be replaced without a reason.
+    """
+    if reason is None and path.is_file():
+        raise ConfigError(
+            f"--update would replace the figures of {path}",
+            expected="the reason, which is recorded with them",
+            fix="add --reason TEXT",
+        )
+    return _kept(path, config, network)
+
+
 def compare(
     config: str,
     network: str,
@@ -209,10 +239,10 @@ def compare(
 
     Raises:
         InputError: no baseline, one of another config, network or schema, or without this machine class.
+        CheckFailed: outputs that are not finite.
     """
-    old = read_baseline(path)
+    old = check_compared(config, network, path)
     machine = machine_class(reports, benchmark.device.name if benchmark and benchmark.device else None)
-    _check_owner(old, path, config, network)
     if machine not in old.machines:
         raise InputError(
             f"the baseline {path} has no figures of this machine class",
@@ -242,14 +272,9 @@ def update(
     Raises:
         InputError: the baseline belongs to another config.
         ConfigError: accepted figures would be replaced without a reason.
+        CheckFailed: outputs that are not finite.
     """
-    if reason is None and path.is_file():
-        raise ConfigError(
-            f"--update would replace the figures of {path}",
-            expected="the reason, which is recorded with them",
-            fix="add --reason TEXT",
-        )
-    old = _kept(path, config, network)
+    old = check_updated(config, network, path, reason)
     machine = machine_class(reports, benchmark.device.name if benchmark and benchmark.device else None)
     known = old.machines.get(machine, {})
     comparison = _compared(config, machine, path, known, reports, benchmark)
@@ -355,6 +380,15 @@ def _compared(
     reports: Sequence[ValidationReport],
     benchmark: BenchmarkReport | None,
 ) -> Comparison:
+    for report in reports:
+        for check in report.checks:
+            if check.name == NOT_FINITE and not check.passed:
+                raise CheckFailed(
+                    f"{report.candidate.precision}'s outputs hold NaN or infinite values, which no baseline allows",
+                    expected="finite outputs",
+                    got=f"{check.shown} that are not; worst: {', '.join(map(str, check.offenders))}",
+                    fix="see where they begin with validate --layers",
+                )
     latencies, skipped = latency_figures(benchmark)
     now = {**figures_of(reports), **latencies}
     judged = {report.candidate.precision for report in reports}
@@ -397,10 +431,18 @@ def _kept(path: Path, config: str, network: str) -> Baseline:
     raw = _raw(path)
     if _schema(raw) != BASELINE_SCHEMA:
         _check_config(raw.get("config"), path, config)
-        return Baseline(config, network, {})
+        return Baseline(config, network, {}, _history(path, raw))
     old = read_baseline(path)
     _check_config(old.config, path, config)
     return old if old.network == network else Baseline(config, network, {}, old.accepted)
+
+
+def _history(path: Path, raw: Mapping[str, Any]) -> tuple[Acceptance, ...]:
+    try:
+        return TypeAdapter(tuple[Acceptance, ...]).validate_python(raw.get("accepted", ()))
+    except ValidationError:
+        log.warning("the reasons recorded in %s cannot be read, and are not kept", path)
+        return ()
 
 
 def _raw(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.config import ClassConfig, ExportConfig, NetworkConfig, PreprocessingConfig
 from pipeline.errors import CheckFailed, ModelError
 from pipeline.graph.io import load_model, model_inputs, read_card, save_model
+from pipeline.networks import build_network
 from pipeline.stages.export import export
 
 pytest.importorskip("torch", reason="torch is not installed: nothing to export")
@@ -88,6 +89,19 @@ def test_difference_to_torch_fails(tmp_path: Path) -> None:
     about = card()
     with pytest.raises(CheckFailed, match="computes something else"):
         export(NETWORK, ExportConfig(tolerance=1e-12), about, images(about.preprocessing), tmp_path)
+
+
+def test_a_network_that_is_not_finite_itself_is_no_exporters_fault(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    about = card()
+    state = build_network(NETWORK).state_dict()
+    state["outc.conv.bias"][2] = float("nan")
+    weights = tmp_path / "nan.safetensors"
+    save_file(state, weights)
+    network = NETWORK.model_copy(update={"weights": weights})
+    with pytest.raises(ModelError, match=r"(?s)own output logits holds NaN.*got: 3072 of 9216 .*image 1 of 2"):
+        export(network, ExportConfig(), about, images(about.preprocessing), tmp_path)
 
 
 def test_onnx_from_elsewhere_gets_the_card(tmp_path: Path) -> None:

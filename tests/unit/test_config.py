@@ -34,6 +34,22 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         load_config(write(tmp_path, calibrate={"image": 3}))
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "validate.tolerances.int8={atol: 1, rtol: 1, max_miou_drop: 0.1, max_miou_dropp: 0.1}",
+            r"int8\.max_miou_dropp: unknown key; did you mean 'max_miou_drop'",
+        ),
+        ("engine.profile.batch={mn: 1, opt: 1, max: 1}", r"batch\.mn: unknown key; did you mean 'min'"),
+        ("data.classes=[{name: a, colr: [0, 0, 0]}]", r"classes\.0\.colr: unknown key; did you mean 'colour'"),
+    ],
+)
+def test_unknown_keys_within_mappings_and_lists(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(REPOSITORY / "configs" / "cells.yaml", [setting])
+
+
 def test_unknown_key_without_a_neighbour_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"clean\.zzz: unknown key; known keys: tolerance"):
         load_config(write(tmp_path, clean={"zzz": 3}))

@@ -12,7 +12,7 @@ from onnx import ModelProto, numpy_helper
 
 from pipeline.calibration.table import CalibrationTable
 from pipeline.drift import DriftReport, drift, emulated
-from pipeline.errors import CalibrationError, ModelError
+from pipeline.errors import CheckFailed, ModelError
 from pipeline.graph.half import to_half
 from pipeline.graph.quantize import quantize
 from pipeline.printing import print_drift
@@ -140,8 +140,25 @@ def test_tensors_that_are_gone_are_missing() -> None:
 
 def test_values_that_are_not_finite_are_named() -> None:
     weight, output = convolution(tiny_unet(), 1)
-    with pytest.raises(CalibrationError, match=f"tensor {output} of the candidate holds NaN"):
-        compared(scaled(tiny_unet(), weight, math.inf))
+    typed = scaled(tiny_unet(), weight, math.inf)
+    report = drift(tiny_unet(), typed, emulated(typed), FEEDS, "x", names=["a", "b", "c"])
+    assert report.jump == output
+    first = next(entry for entry in report.tensors if entry.not_finite)
+    assert first.tensor == output
+    assert set(first.not_finite) == {"a", "b", "c"}
+    assert all(entry.sqnr_db is None or math.isfinite(entry.sqnr_db) for entry in report.tensors)
+    assert len(report.tensors) == len(compared(tiny_unet()).tensors)
+    with pytest.raises(CheckFailed, match=rf"first in {output}: \d+ values, most in [abc]: \d+"):
+        report.verdict()
+    compared(tiny_unet()).verdict()
+
+
+def test_a_network_that_is_not_finite_itself() -> None:
+    weight, output = convolution(tiny_unet(), 1)
+    model = scaled(tiny_unet(), weight, math.inf)
+    with pytest.raises(ModelError, match=f"tensor {output} of the FP32 graph holds [0-9]+ NaN") as caught:
+        drift(model, model, emulated(model), FEEDS, "x", names=["a", "b", "c"])
+    assert caught.value.got == "them in a"
 
 
 def test_without_images() -> None:

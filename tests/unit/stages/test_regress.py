@@ -13,8 +13,9 @@ from pipeline.artifacts import Device
 from pipeline.config import Precision
 from pipeline.errors import CheckFailed, ConfigError, InputError
 from pipeline.metrics.latency import Estimate, LatencySummary
-from pipeline.reports import BenchmarkReport, Candidate, Scores, Timing, ValidationReport
+from pipeline.reports import BenchmarkReport, Candidate, Check, Offender, Scores, Timing, ValidationReport
 from pipeline.stages.regress import Comparison, compare, junit, markdown, read_baseline, rows, update
+from pipeline.values import NOT_FINITE
 
 NETWORK = "a" * 64
 
@@ -178,6 +179,11 @@ def test_baselines_of_others_are_refused(path: Path, tmp_path: Path) -> None:
         ('{"config": "tiny", "figures": {}, "created": ""}', "another schema"),
         ('{"schema_version": 3}', "another schema"),
         ('{"schema_version": 2}', "cannot be read"),
+        (
+            '{"schema_version": 2, "config": "tiny", "network": "", "machines": {"emulated": {"a/mean_iou": '
+            '{"value": NaN, "tolerance": 0.1}}}}',
+            "cannot be read: .*finite number",
+        ),
         ("[]", "cannot be read"),
         ("{", "cannot be read"),
     ],
@@ -196,6 +202,24 @@ def test_an_update_replaces_the_first_schema_and_another_network(path: Path) -> 
     baseline = read_baseline(path)
     assert {name.split("/")[0] for name in baseline.machines["emulated"]} == {"int8"}
     assert len(baseline.accepted) == 2
+
+
+def test_reasons_outlive_another_schema(path: Path) -> None:
+    first = json.loads(path.read_text())["accepted"]
+    path.write_text(json.dumps({"schema_version": 1, "config": "tiny", "accepted": first}))
+    update("tiny", NETWORK, [report()], None, path, "a new schema")
+    assert [entry.reason for entry in read_baseline(path).accepted] == ["first figures", "a new schema"]
+
+
+def test_outputs_that_are_not_finite_neither_pass_nor_become_a_baseline(path: Path) -> None:
+    before = path.read_bytes()
+    check = Check(NOT_FINITE, 7.0, 0.0, False, "a", (Offender(7.0, "a"),))
+    bad = dataclasses.replace(report(), passed=False, checks=(check,))
+    for judged in (against, accept):
+        with pytest.raises(CheckFailed, match="fp32's outputs hold NaN") as caught:
+            judged(path, bad)
+        assert caught.value.got == "7 that are not; worst: a 7"
+    assert path.read_bytes() == before
 
 
 def test_junit_and_markdown(path: Path) -> None:

@@ -266,6 +266,7 @@ def test_a_reference_that_is_not_finite_never_passes(tmp_path: Path) -> None:
     report = validate(model, model, WHAT, dataset(MASK), CARD, config, tmp_path)
     assert not report.passed
     assert [str(o) for o in report.checks[0].offenders][1] == "image 0 1 (FP32 values of output logits)"
+    assert from_json(ValidationReport, tmp_path / "report.json") == report
 
 
 def test_label_of_another_size_and_ids_out_of_range(tmp_path: Path) -> None:
