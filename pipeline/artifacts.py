@@ -334,5 +334,5 @@ def _unwritable(path: Path, error: OSError) -> BuildFolderError:
     return BuildFolderError(
         f"cannot write {path}: {error.strerror or error}",
         expected="a folder that exists, can be written to and has space left",
-        fix="make the folder, choose another path, or free space",
+        fix="make the folder, free space, or choose another path: by --build-dir (BUILD=) if it is a build folder",
     )
