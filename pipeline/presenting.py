@@ -85,12 +85,12 @@ def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], 
         rows.append(("flipped pixels, near-ties among them", "", *(_flips(report) for report in reports)))
     if reports[0].output == "tensors":
         return (headings[0], *headings[2:]), [
-            (figure.format(name), *(number(getattr(r.outputs[name], key), spec) for r in reports))
+            (f"{figure} of {name}", *(shown(r.outputs[name]) for r in reports))
             for name in reports[0].outputs
-            for figure, key, spec in (
-                ("signal to error of {}, dB", "signal_to_error_db", ".1f"),
-                ("cosine of {}", "cosine", ".6f"),
-                ("largest error of {}", "max_abs", ".3g"),
+            for figure, shown in (
+                ("signal to error", lambda o: o.signal),
+                ("cosine", lambda o: number(o.cosine, ".6f")),
+                ("largest error", lambda o: number(o.max_abs, ".3g")),
             )
         ]
     cosines = (", ".join(number(o.cosine, ".6f") for o in r.outputs.values()) for r in reports)

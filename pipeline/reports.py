@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Literal
 
@@ -142,6 +143,19 @@ class OutputErrors:
     reference_not_finite: dict[str, int]
     worst: Offender | None
 
+    @property
+    def signal(self) -> str:
+        """``decibels`` for people."""
+        named = {math.inf: "no error", -math.inf: "not finite"}
+        return named.get(self.decibels) or f"{self.decibels:.1f} dB"
+
+    @property
+    def decibels(self) -> float:
+        """``signal_to_error_db``; infinite without error, minus infinity where a value is not finite."""
+        if self.not_finite or self.reference_not_finite:
+            return -math.inf
+        return math.inf if self.signal_to_error_db is None else self.signal_to_error_db
+
 
 @dataclass(frozen=True)
 class Flips:
@@ -230,8 +244,7 @@ class ValidationReport:
     @property
     def least_signal(self) -> str:
         """The least ``signal_to_error_db`` of an output, for people."""
-        known = [found.signal_to_error_db for found in self.outputs.values() if found.signal_to_error_db is not None]
-        return f"{min(known):.1f} dB" if known else "no error"
+        return min(self.outputs.values(), key=lambda found: found.decibels).signal
 
     @property
     def least_cosine(self) -> str:

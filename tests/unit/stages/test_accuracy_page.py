@@ -9,9 +9,16 @@ import pytest
 
 from pipeline.config import Tolerance
 from pipeline.presenting import CHECK_HEADINGS, check_row, figure_table, percent, verdict_table
-from pipeline.reports import Check, ValidationReport
+from pipeline.reports import Candidate, Check, OutputErrors, ValidationReport
 from pipeline.stages.report import Inputs, write_report
 from tests.unit.stages.test_validate import CARD, MASK, Constant, dataset, judge, logits_of
+
+
+def tensors_report(outputs: dict[str, OutputErrors]) -> ValidationReport:
+    what = Candidate("int8", True, "a stand-in", "0", None, None)
+    return ValidationReport(
+        what, True, (), (), None, 0.0, 0.0, 1.0, None, None, (), (), 0.0, output="tensors", outputs=outputs
+    )
 
 
 @pytest.fixture
@@ -72,6 +79,22 @@ def test_budgets(verdict: ValidationReport, tmp_path: Path) -> None:
     assert signal.used == pytest.approx(0.1)
     assert replace(signal, value=34.0).used == pytest.approx(2, abs=0.01)
     assert [check.limit for check in (signal, drop)] == ["at least 40", "at most 0.01"]
+
+
+def test_signals_of_outputs() -> None:
+    exact = OutputErrors(0.0, 0.0, {}, 1.0, None, {}, {}, None)
+    noisy, quiet = (replace(exact, signal_to_error_db=decibels) for decibels in (30.04, 71.0))
+    broken = replace(exact, max_abs=None, cosine=None, not_finite={"a": 7})
+    assert [found.signal for found in (exact, noisy, quiet, broken)] == ["no error", "30.0 dB", "71.0 dB", "not finite"]
+    for outputs, least, largest in (
+        ((exact, exact), "no error", "0"),
+        ((quiet, noisy, exact), "30.0 dB", "0"),
+        ((noisy, broken, exact), "not finite", "not finite"),
+    ):
+        report = tensors_report(dict(zip("abc", outputs, strict=False)))
+        assert (report.least_signal, report.largest_error) == (least, largest)
+        assert verdict_table([report])[1][0][1] == least
+        assert figure_table([report])[1][0] == ("signal to error of a", outputs[0].signal)
     assert [percent(share) for share in (0, 0.001, 0.034, 1.5)] == ["0 %", "<1 %", "3 %", "150 %"]
 
 
