@@ -114,8 +114,9 @@ tries() { # of what docs/performance.md lists as not yet tried
 }
 
 threads() { # of the build: of SiLUs, whose kernels TensorRT compiles itself
+  for stage in export clean; do torch "$stage" -c configs/detector.yaml --build-dir "$folder/threads-1"; done
+  rm -rf "$folder/threads-16" && cp -r "$folder/threads-1" "$folder/threads-16"
   for count in 1 16; do
-    for stage in export clean; do torch "$stage" -c configs/detector.yaml --build-dir "$folder/threads-$count"; done
     trt engine -c configs/detector.yaml --build-dir "$folder/threads-$count" -p fp16 --set engine.build_threads="$count"
   done
   keep threads threads-1 threads-16

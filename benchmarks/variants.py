@@ -6,12 +6,12 @@ Each edit gives a new model, or None where the graph has nothing of the kind.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from pipeline.graph.shapes import dims, infer, set_value_info
 
@@ -63,6 +63,16 @@ def _node(op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **a
     return helper.make_node(op, inputs, outputs, name=name, **attributes)
 
 
+def _channels(shapes: Mapping[str, ValueInfoProto], tensor: str) -> int:
+    shape = dims(shapes[tensor])
+    assert shape is not None
+    return int(shape[1] or 0)
+
+
+def _is_nearest(node: NodeProto) -> bool:
+    return node.op_type == "Resize" and _attributes(node).get("mode", b"nearest") == b"nearest"
+
+
 def _attributes(node: NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
@@ -75,9 +85,7 @@ def swapped_concat(model: ModelProto) -> ModelProto | None:
     def change(node: NodeProto) -> Sequence[NodeProto] | None:
         readers = editor.readers[node.output[0]] if node.op_type == "Concat" else []
         if len(node.input) == 2 and len(readers) == 1 and readers[0].op_type == "Conv":
-            first = dims(shapes[node.input[0]])
-            assert first is not None
-            moved[node.output[0]] = int(first[1] or 0)
+            moved[node.output[0]] = _channels(shapes, node.input[0])
             return [_node("Concat", [node.input[1], node.input[0]], node.output, node.name, axis=1)]
         if node.op_type == "Conv" and node.input[0] in moved:
             weight, split = editor.array(node.input[1]), moved[node.input[0]]
@@ -137,9 +145,7 @@ def depthwise_upsampling(kernel: Sequence[float], pad: int) -> Edit:
         def change(node: NodeProto) -> Sequence[NodeProto] | None:
             if node.op_type != "Resize":
                 return None
-            shape = dims(shapes[node.input[0]])
-            assert shape is not None
-            channels = int(shape[1] or 0)
+            channels = _channels(shapes, node.input[0])
             weight = np.broadcast_to(np.outer(kernel, kernel), (channels, 1, len(kernel), len(kernel)))
             name = editor.constant(weight.astype(np.float32), f"{node.output[0]}.kernel")
             sizes = {"kernel_shape": [len(kernel)] * 2, "strides": [2, 2], "pads": [pad] * 4}
@@ -155,11 +161,9 @@ def transposed_upsampling(model: ModelProto) -> ModelProto | None:
     editor, shapes = _Editor(model), infer(model)
 
     def change(node: NodeProto) -> Sequence[NodeProto] | None:
-        if node.op_type != "Resize" or _attributes(node).get("mode", b"nearest") != b"nearest":
+        if not _is_nearest(node):
             return None
-        shape = dims(shapes[node.input[0]])
-        assert shape is not None
-        weight = np.broadcast_to(np.eye(int(shape[1] or 0))[:, :, None, None], (*[int(shape[1] or 0)] * 2, 2, 2))
+        weight = np.tile(np.eye(_channels(shapes, node.input[0]))[:, :, None, None], (1, 1, 2, 2))
         name = editor.constant(weight.astype(np.float32), f"{node.output[0]}.kernel")
         return [
             _node("ConvTranspose", [node.input[0], name], node.output, node.name, kernel_shape=[2, 2], strides=[2, 2])
@@ -177,9 +181,7 @@ def folded_upsampling(model: ModelProto) -> ModelProto | None:
     resized = {
         node.output[0]: node.input[0]
         for node in model.graph.node
-        if node.op_type == "Resize"
-        and _attributes(node).get("mode", b"nearest") == b"nearest"
-        and [reader.op_type for reader in editor.readers[node.output[0]]] == ["Conv"]
+        if _is_nearest(node) and [reader.op_type for reader in editor.readers[node.output[0]]] == ["Conv"]
     }
 
     def change(node: NodeProto) -> Sequence[NodeProto] | None:
@@ -232,9 +234,7 @@ def after_resize(kind: str, *, last: int | None = None) -> Edit:
                 if kind == "Relu":
                     nodes.append(_node("Relu", [source], [written], written))
                 else:
-                    shape = dims(shapes[source])
-                    assert shape is not None
-                    channels = int(shape[1] or 0)
+                    channels = _channels(shapes, source)
                     group = channels if kind == "depthwise" else 1
                     weight = np.ones((channels, 1)) if kind == "depthwise" else np.eye(channels)
                     name = editor.constant(weight.astype(np.float32)[:, :, None, None], f"{written}.weight")
@@ -258,9 +258,8 @@ def split_convolutions(model: ModelProto) -> ModelProto | None:
         if node.op_type != "Conv" or node.input[0] not in concats:
             return None
         first, second = concats[node.input[0]].input
-        shape, weight, result = dims(shapes[first]), editor.array(node.input[1]), node.output[0]
-        assert shape is not None
-        place, attributes = int(shape[1] or 0), _attributes(node)
+        place, weight, result = _channels(shapes, first), editor.array(node.input[1]), node.output[0]
+        attributes = _attributes(node)
         a, b = f"{result}.first", f"{result}.second"
         weights = editor.constant(weight[:, :place], f"{a}.weight"), editor.constant(weight[:, place:], f"{b}.weight")
         return [

@@ -54,6 +54,13 @@ class TensorDrift:
     saturated: float | None
     not_finite: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def signal(self) -> str:
+        """``sqnr_db`` for people."""
+        if self.not_finite:
+            return f"{sum(self.not_finite.values())} not finite"
+        return "exact" if self.sqnr_db is None else f"{self.sqnr_db:.1f}"
+
 
 @dataclass(frozen=True)
 class DriftReport:
@@ -128,6 +135,7 @@ def drift(
             for name, feed in zip(names, feeds, strict=True):
                 ours, theirs = other(feed), reference(feed)
                 for tensor in group:
+                    _require_finite(tensor, theirs[tensor], name)
                     sums.setdefault(tensor, _Sums(tensor, ranges.get(tensor))).add(theirs[tensor], ours[tensor], name)
                     if tensor in outputs and engine is not None:
                         outputs[tensor].append(ours[tensor])
@@ -173,12 +181,26 @@ def _changed(
     with engine() as runner:
         own = [runner(feed) for feed in feeds]
     for name, shown in outputs.items():
+        if not all(np.isfinite(mine[name]).all() for mine in own):
+            yield f"{name} of the engine itself holds NaN or infinite values"
+            continue
         sums = _Sums(name, None)
-        for place, (mine, other) in enumerate(zip(own, shown, strict=True)):
-            sums.add(mine[name], other, f"image {place}")
+        for mine, other in zip(own, shown, strict=True):
+            sums.add(mine[name], other, name)
         ratio = sums.sqnr_db()
         how = "the same as the engine's own" if ratio is None else f"{ratio:.1f} dB (SQNR) from the engine's own"
         yield f"with tensors shown, which splits fused layers, {name} is {how}"
+
+
+def _require_finite(tensor: str, values: NDArray[np.floating], image: str) -> None:
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise ModelError(
+            f"tensor {tensor} of the FP32 graph holds {bad} NaN or infinite values",
+            expected="a network that is finite in FP32",
+            got=f"them in {image}",
+            fix="look for the weights that do it: no precision can be compared with this",
+        )
 
 
 def _with_outputs(model: ModelProto, tensors: Sequence[str]) -> OnnxRuntimeRunner:
@@ -227,13 +249,6 @@ class _Sums:
 
     def add(self, reference: NDArray[np.floating], other: NDArray[np.floating], image: str) -> None:
         x, y = reference.astype(np.float64), other.astype(np.float64)
-        if not np.isfinite(x).all():
-            raise ModelError(
-                f"tensor {self.tensor} of the FP32 graph holds {int((~np.isfinite(x)).sum())} NaN or infinite values",
-                expected="a network that is finite in FP32",
-                got=f"them in {image}",
-                fix="look for the weights that do it: no precision can be compared with this",
-            )
         bad = ~np.isfinite(y)
         if bad.any():
             self.not_finite[image] = int(bad.sum())

@@ -66,7 +66,10 @@ def headline(report: ValidationReport) -> dict[str, str]:
 
 def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and rows of further figures, a column a precision: IoU by class and category, then the rest."""
-    headings = ("", "FP32 on ONNX Runtime", *(f"{report.candidate.precision}:" for report in reports))
+    precisions = tuple(f"{report.candidate.precision}:" for report in reports)
+    if reports[0].output == "tensors":
+        return ("", *precisions), _output_rows(reports)
+    headings = ("", "FP32 on ONNX Runtime", *precisions)
     sides = [reports[0].reference, *(report.scores for report in reports)]
     names = {"class_iou": "IoU {}", "category_iou": "IoU of category {}"}
     rows = [
@@ -80,19 +83,8 @@ def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], 
             rows.append(("mean IoU of categories", *means))
         rows.append(("mean Dice", *(number(side.mean_dice if side else None) for side in sides)))
         rows.append(("boundary F-score", *(number(side.mean_boundary_f if side else None) for side in sides)))
-    if any(report.agreement is not None for report in reports):
-        rows.append(("boundary F-score against FP32", "", *(number(report.boundary_f) for report in reports)))
-        rows.append(("flipped pixels, near-ties among them", "", *(_flips(report) for report in reports)))
-    if reports[0].output == "tensors":
-        return (headings[0], *headings[2:]), [
-            (f"{figure} of {name}", *(shown(r.outputs[name]) for r in reports))
-            for name in reports[0].outputs
-            for figure, shown in (
-                ("signal to error", lambda o: o.signal),
-                ("cosine", lambda o: number(o.cosine, ".6f")),
-                ("largest error", lambda o: number(o.max_abs, ".3g")),
-            )
-        ]
+    rows.append(("boundary F-score against FP32", "", *(number(report.boundary_f) for report in reports)))
+    rows.append(("flipped pixels, near-ties among them", "", *(_flips(report) for report in reports)))
     cosines = (", ".join(number(o.cosine, ".6f") for o in r.outputs.values()) for r in reports)
     decibels = (", ".join(number(o.signal_to_error_db, ".1f") for o in r.outputs.values()) for r in reports)
     rows += [
@@ -101,6 +93,18 @@ def figure_table(reports: Sequence[ValidationReport]) -> tuple[tuple[str, ...], 
         ("largest error", "", *(report.largest_error for report in reports)),
     ]
     return headings, rows
+
+
+def _output_rows(reports: Sequence[ValidationReport]) -> list[tuple[str, ...]]:
+    rows = []
+    for name in reports[0].outputs:
+        found = [report.outputs[name] for report in reports]
+        rows += [
+            (f"signal to error of {name}", *(output.signal for output in found)),
+            (f"cosine of {name}", *(number(output.cosine, ".6f") for output in found)),
+            (f"largest error of {name}", *(number(output.max_abs, ".3g") for output in found)),
+        ]
+    return rows
 
 
 def check_row(check: Check) -> tuple[str, ...]:

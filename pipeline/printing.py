@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from pipeline.backends.parsing import ParserVerdict
     from pipeline.calibration.report import CalibrationReport
-    from pipeline.drift import DriftReport, TensorDrift
+    from pipeline.drift import DriftReport
     from pipeline.mixed.report import MixReport
     from pipeline.reports import BenchmarkReport
     from pipeline.stages.clean import CleaningReport
@@ -233,7 +233,7 @@ def print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
             (
                 entry.tensor,
                 entry.op,
-                _signal(entry),
+                entry.signal,
                 "–" if entry.cosine is None else f"{entry.cosine:.6f}",
                 f"{entry.max_abs_error:.3g} of {entry.largest:.3g}",
                 "–" if entry.saturated is None else f"{entry.saturated:.3%}",
@@ -248,12 +248,6 @@ def print_drift(reports: Mapping[str, DriftReport], json: bool) -> None:
             print(f"{precision}: {note}")
         where = "the error jumps nowhere" if report.jump is None else f"the error jumps at {report.jump}"
         print(f"{precision}: {where} ({report.images} images, {report.ran})")
-
-
-def _signal(entry: TensorDrift) -> str:
-    if entry.not_finite:
-        return f"{sum(entry.not_finite.values())} not finite"
-    return "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.1f}"
 
 
 def _parser_says(verdict: ParserVerdict) -> str:

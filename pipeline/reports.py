@@ -145,12 +145,12 @@ class OutputErrors:
 
     @property
     def signal(self) -> str:
-        """``decibels`` for people."""
+        """``signal_db`` for people."""
         named = {math.inf: "no error", -math.inf: "not finite"}
-        return named.get(self.decibels) or f"{self.decibels:.1f} dB"
+        return named.get(self.signal_db) or f"{self.signal_db:.1f} dB"
 
     @property
-    def decibels(self) -> float:
+    def signal_db(self) -> float:
         """``signal_to_error_db``; infinite without error, minus infinity where a value is not finite."""
         if self.not_finite or self.reference_not_finite:
             return -math.inf
@@ -244,7 +244,7 @@ class ValidationReport:
     @property
     def least_signal(self) -> str:
         """The least ``signal_to_error_db`` of an output, for people."""
-        return min(self.outputs.values(), key=lambda found: found.decibels).signal
+        return min(self.outputs.values(), key=lambda found: found.signal_db).signal
 
     @property
     def least_cosine(self) -> str:

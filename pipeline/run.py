@@ -537,21 +537,20 @@ class Run:
         Args:
             page: that shows these very verdicts; None where none was made of them.
         """
-        failed = {p: [check for check in self.validate(p).checks if not check.passed] for p in precisions}
-        told = [
-            f"{p}: {check.name} {check.shown} ({check.limit})"
-            + (f", worst: {', '.join(map(str, check.offenders))}" if check.offenders else "")
-            for p, checks in failed.items()
-            for check in checks
-        ]
-        if told:
-            reports = [str(self.folder / "validate" / p / "report.json") for p, checks in failed.items() if checks]
-            raise CheckFailed(
-                f"{len(told)} check(s) of {self.config.name} failed",
-                expected="every figure within its bound (validate.tolerances)",
-                got="; ".join(told),
-                fix=f"look at {page or ', '.join(reports)}" + ("" if page else ", or make the page: unet-trt report"),
-            )
+        failed = [(p, check) for p in precisions for check in self.validate(p).checks if not check.passed]
+        if not failed:
+            return
+        reports = dict.fromkeys(str(self.folder / "validate" / p / "report.json") for p, _ in failed)
+        raise CheckFailed(
+            f"{len(failed)} check(s) of {self.config.name} failed",
+            expected="every figure within its bound (validate.tolerances)",
+            got="; ".join(
+                f"{p}: {check.name} {check.shown} ({check.limit})"
+                + (f", worst: {', '.join(map(str, check.offenders))}" if check.offenders else "")
+                for p, check in failed
+            ),
+            fix=f"look at {page}" if page else f"look at {', '.join(reports)}, or make the page: unet-trt report",
+        )
 
     def judged(self, precision: Precision) -> Judged:
         """What packages of one precision are made from.

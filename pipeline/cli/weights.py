@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,10 +32,7 @@ def train(
     if json:
         print_json(result)
         return
-    rows = [
-        (one.name, "absent" if math.isnan(iou) else f"{iou:.4f}")
-        for one, iou in zip(settings.data.classes, result.class_iou, strict=True)
-    ]
+    rows = [(one.name, shown) for one, shown in zip(settings.data.classes, result.shown_iou, strict=True)]
     print_table(("class", "IoU, validation images"), rows, file=sys.stderr)
     print(f"{target}: mIoU {result.mean_iou_half:.4f} in {result.seconds:.0f} s")
     suggest_next("run", config, BUILD, overrides)

@@ -99,8 +99,8 @@ class MaskTally:
         grouped = sums[..., 3 * n : 3 * (n + g)].reshape(*lead, 3, g)
         f_sum, f_images = np.moveaxis(sums[..., 3 * (n + g) :].reshape(*lead, 2, n), -2, 0)
         f = np.divide(f_sum, f_images, out=np.full(f_sum.shape, np.nan), where=f_images > 0)
-        class_iou, class_dice = where_held(iou(overlap), overlap), where_held(dice(overlap), overlap)
-        class_f, category_iou = where_held(f, overlap), where_held(iou(grouped), grouped)
+        class_iou, category_iou = iou(overlap), iou(grouped)
+        class_dice, class_f = dice(overlap), where_held(f, overlap)
         return MaskFigures(
             class_iou=class_iou,
             class_dice=class_dice,

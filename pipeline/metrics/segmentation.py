@@ -61,15 +61,16 @@ def overlaps(confusion: Counts) -> Counts:
 
 
 def iou(overlap: NDArray[np.number]) -> Figures:
-    """Intersection over union, 0…1, (…, classes) from overlaps (…, 3, classes); NaN for what neither side holds."""
+    """Intersection over union, 0…1, (…, classes) from overlaps (…, 3, classes); NaN for classes that the
+    reference does not hold."""
     hits, reference, predicted = np.moveaxis(np.asarray(overlap, np.float64), -2, 0)
-    return _ratio(hits, reference + predicted - hits)
+    return where_held(_ratio(hits, reference + predicted - hits), overlap)
 
 
 def dice(overlap: NDArray[np.number]) -> Figures:
-    """Dice coefficient 2·|A∩B| / (|A| + |B|), 0…1, (…, classes) from overlaps; NaN for what neither side holds."""
+    """Dice coefficient 2·|A∩B| / (|A| + |B|), 0…1, (…, classes) from overlaps; NaN as with ``iou``."""
     hits, reference, predicted = np.moveaxis(np.asarray(overlap, np.float64), -2, 0)
-    return _ratio(2 * hits, reference + predicted)
+    return where_held(_ratio(2 * hits, reference + predicted), overlap)
 
 
 def accuracy(overlap: NDArray[np.number]) -> Figures:
@@ -89,9 +90,8 @@ def mean(figures: Figures) -> Figures:
 
 
 def class_iou(confusion: Counts) -> Figures:
-    """``iou`` of one confusion matrix; NaN for classes that the reference does not hold."""
-    overlap = overlaps(confusion)
-    return where_held(iou(overlap), overlap)
+    """``iou`` of one confusion matrix."""
+    return iou(overlaps(confusion))
 
 
 def mean_iou(confusion: Counts) -> float:

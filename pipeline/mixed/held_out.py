@@ -19,7 +19,7 @@ from pipeline.data.preprocessing import Pixels, class_ids, restore_mask
 from pipeline.errors import CalibrationError
 from pipeline.graph.io import model_inputs
 from pipeline.metrics.bootstrap import interval, resampled_sums
-from pipeline.metrics.segmentation import Counts, confusion_matrix, iou, mean, overlaps, where_held
+from pipeline.metrics.segmentation import Counts, confusion_matrix, iou, mean, overlaps
 from pipeline.mixed.report import Figures
 from pipeline.progress import track
 from pipeline.reports import Interval
@@ -177,7 +177,7 @@ def _mean_iou(counted: Sequence[Counts]) -> float | None:
     if not counted:
         return None
     overlap: Counts = np.sum(counted, axis=0)
-    return float(mean(where_held(iou(overlap), overlap)))
+    return float(mean(iou(overlap)))
 
 
 def _drop_interval(reference: Sequence[Counts], candidate: Sequence[Counts]) -> Interval | None:
@@ -188,6 +188,6 @@ def _drop_interval(reference: Sequence[Counts], candidate: Sequence[Counts]) -> 
         resampled_sums(np.stack(side).reshape(images, -1), RESAMPLES, 0).reshape(RESAMPLES, *side[0].shape)
         for side in (reference, candidate)
     ]
-    theirs, ours = (mean(where_held(iou(sums), sums)) for sums in drawn)
+    theirs, ours = (mean(iou(sums)) for sums in drawn)
     low, high = interval(theirs - ours)
     return Interval(float(low), float(high))

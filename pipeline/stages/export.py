@@ -268,7 +268,7 @@ def _compare(module: nn.Module, target: Path, images: Sequence[NDArray[np.float3
                         got=f"{bad} of {reference.size} that are not, on image {place + 1} of {len(images)}",
                         fix="look for the weights that do it",
                     )
-                # A NaN on either side must fail, and max() would drop it.
+                # A NaN of the graph's must fail, and max() would drop it.
                 error = np.abs(reference - outputs[output.name]).max()
                 worst[output.name] = float(np.maximum(worst.get(output.name, 0.0), error))
                 largest[output.name] = max(largest.get(output.name, 0.0), float(np.abs(reference).max()))

@@ -50,6 +50,11 @@ class TrainingReport:
     first_loss: float
     last_loss: float
 
+    @property
+    def shown_iou(self) -> list[str]:
+        """``class_iou`` for people."""
+        return ["absent" if math.isnan(value) else f"{value:.4f}" for value in self.class_iou]
+
 
 def train(config: Config, weights: Path) -> TrainingReport:
     """Train from scratch, measure mIoU on the validation split, write FP16 safetensors and a card (``.md``) beside it.
@@ -265,10 +270,7 @@ def _write(
 
     weights.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(weights, save(state))
-    rows = "\n".join(
-        f"| {c.name} | {'absent' if math.isnan(v) else f'{v:.4f}'} |"
-        for c, v in zip(config.data.classes, report.class_iou, strict=True)
-    )
+    rows = "\n".join(f"| {c.name} | {shown} |" for c, shown in zip(config.data.classes, report.shown_iou, strict=True))
     arguments = ", ".join(f"{k}={v}" for k, v in config.network.arguments.items())
     card = f"""# {weights.name}
 

@@ -114,6 +114,19 @@ class TestOfAnEngine:
         assert found is not None
         assert float(found[1]) == pytest.approx(compared(quantized()).tensors[-1].sqnr_db or 0, abs=0.5)
 
+    @pytest.mark.parametrize("where", ["engine", "shown"])
+    def test_values_that_are_not_finite(self, where: str) -> None:
+        """An overflow of the engine, or of what shows its tensors, ends nothing."""
+        weight, _ = convolution(tiny_unet(), 1)
+        fine, broken = tiny_unet(), scaled(tiny_unet(), weight, math.inf)
+        report = self.shown(broken, fine) if where == "engine" else self.shown(fine, broken)
+        if where == "engine":
+            assert report.notes == ("logits of the engine itself holds NaN or infinite values",)
+            report.verdict()
+        else:
+            with pytest.raises(CheckFailed, match="hold NaN or infinite values"):
+                report.verdict()
+
     @pytest.mark.parametrize("number", [0, 2])
     def test_a_planted_defect_is_named_by_its_layers_result(self, number: int) -> None:
         weight, output = convolution(tiny_unet(), number)
