@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from pipeline.graph.shapes import dims, infer, set_value_info
 
@@ -393,6 +393,40 @@ def resizes_in_int8(model: ModelProto) -> ModelProto | None:
         after, given = pair(node.output[0], node.output[0])
         behind.input[0] = given
         return [*before, node, *after]
+
+    return editor.rewrite(change)
+
+
+def without_quantizing(model: ModelProto) -> ModelProto | None:
+    """Of an explicit INT8 graph: it takes the integers that its QuantizeLinear makes of the image."""
+    editor, (image,) = _Editor(model), model.graph.input
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        if node.op_type == "QuantizeLinear" and node.input[0] == image.name:
+            return []
+        for slot, tensor in enumerate(node.input):
+            if tensor in integers:
+                node.input[slot] = image.name
+                return [node]
+        return None
+
+    integers = {node.output[0] for node in editor.readers[image.name] if node.op_type == "QuantizeLinear"}
+    editor.model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT8
+    return editor.rewrite(change)
+
+
+def half_of_weights(model: ModelProto) -> ModelProto | None:
+    """Of four input channels in a row the two smaller weights become zero, wherever there are so many."""
+    editor = _Editor(model)
+
+    def change(node: NodeProto) -> Sequence[NodeProto] | None:
+        weight = editor.array(node.input[1]) if node.op_type == "Conv" else np.zeros((1, 1))
+        if weight.shape[1] % 4:
+            return None
+        fours = weight.reshape(weight.shape[0], -1, 4, *weight.shape[2:]).copy()
+        np.put_along_axis(fours, np.argsort(np.abs(fours), axis=2)[:, :, :2], 0, axis=2)
+        node.input[1] = editor.constant(fours.reshape(weight.shape), f"{node.input[1]}.sparse")
+        return [node]
 
     return editor.rewrite(change)
 
