@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.reports import BenchmarkReport
     from pipeline.stages.clean import CleaningReport
     from pipeline.stages.init import InitReport
+    from pipeline.stages.prune import PruningReport
 
 log = logging.getLogger("pipeline")
 
@@ -168,6 +169,24 @@ def print_calibration(report: CalibrationReport) -> None:
             ("seconds", f"{report.seconds:.1f}"),
         ]
         print_table(("calibration", ""), rows, file=sys.stderr)
+
+
+def print_pruning(report: PruningReport) -> None:
+    """A summary for people, with the log messages: the path alone goes to stdout."""
+    if log.isEnabledFor(logging.INFO):
+        result = report.result
+        pruned, weights = result.weights
+        rows = [
+            ("convolutions", str(len(result.convolutions))),
+            ("weights that are zero", f"{pruned // 2:,} of {weights:,}"),
+            ("distance from the whole network", f"{result.loss_pruned:.3g}, after learning {result.loss_after:.3g}"),
+            ("images", f"{len(report.images) - result.held_out} taught, {result.held_out} judged"),
+            ("seconds", f"{result.seconds:.0f} on {result.device}"),
+        ]
+        if result.agreement_pruned is not None and result.agreement_after is not None:
+            shares = f"{result.agreement_pruned:.4%}, after learning {result.agreement_after:.4%}"
+            rows.insert(3, ("same class", shares))
+        print_table(("pruning", ""), rows, file=sys.stderr)
 
 
 def print_engines(built: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,9 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from onnx import ModelProto, numpy_helper
 from pipeline.calibration.report import Refinement
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig
+from pipeline.distillation import distance, repeatable, scores_of
 from pipeline.errors import CalibrationError, UnsupportedError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
@@ -31,12 +31,7 @@ log = logging.getLogger(__name__)
 # Adam's steps at first; they fall to zero along a cosine. Of a range: its logarithm. Of a bias: as a share of the range
 # of what its convolution gives. Tried on CamVid (docs/calibration.md).
 RANGE_RATE, BIAS_RATE = 1e-2, 1e-4
-# What only decides or normalises behind the scores, and has no gradient worth following.
-DECIDING = ("ArgMax", "Cast", "Softmax", "Squeeze")
-SCORES_RANK = 4
 LOGGED_EVERY = 50
-# A variance that is none.
-TINY = 1e-12
 
 Batch = NDArray[np.float32]
 
@@ -57,7 +52,7 @@ def check_refinable(model: ModelProto, batch: Batch | None) -> None:
             "refinement needs torch, which computes its gradients, and torch is not installed",
             fix="pip install torch, calibrate with an interpreter that has it, or set calibrate.refine_steps to 0",
         ) from error
-    graph = TorchGraph(model, _scores(model), torch.device("cpu"))
+    graph = TorchGraph(model, scores_of(model), torch.device("cpu"))
     if batch is not None:
         with torch.no_grad():
             graph({model_inputs(model)[0].name: torch.from_numpy(np.asarray(batch, np.float32))})
@@ -97,7 +92,7 @@ def refine(
 
     started = time.perf_counter()
     learner = _Learner(model, table, engine)
-    with _exact():
+    with repeatable():
         before = learner.judge(judges)
         optimizer = torch.optim.Adam(
             [
@@ -143,7 +138,7 @@ class _Learner:
         self.first = table
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.input = device, model_inputs(model)[0].name
-        scores = _scores(model)
+        scores = scores_of(model)
         arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         known = {
             node.output[0]: arrays[node.input[BIAS]]
@@ -174,7 +169,7 @@ class _Learner:
         with torch.no_grad():
             wanted = self.exact(feeds)
         found = self.rounded(feeds, self._learned())
-        return sum((_distance(*pair) for pair in zip(found, wanted, strict=True)), torch.zeros((), device=self.device))
+        return sum((distance(*pair) for pair in zip(found, wanted, strict=True)), torch.zeros((), device=self.device))
 
     def judge(self, batches: Sequence[Batch]) -> float:
         """Mean loss of batches."""
@@ -199,31 +194,3 @@ class _Learner:
     def _learned(self) -> dict[str, Tensor]:
         scales = {name: self.logarithms[self.group[tensor]].exp() / 127 for name, tensor in self.scale_names.items()}
         return {**scales, **{name: self._bias(tensor) for name, tensor in self.bias_names.items()}}
-
-
-def _scores(model: ModelProto) -> list[str]:
-    """The tensors that the outputs are decided from."""
-    producers = {name: node for node in model.graph.node for name in node.output}
-    names = []
-    for output in model.graph.output:
-        name = output.name
-        while name in producers and producers[name].op_type in DECIDING:
-            name = producers[name].input[0]
-        names.append(name)
-    return names
-
-
-def _distance(found: Tensor, wanted: Tensor) -> Tensor:
-    from torch.nn import functional
-
-    if found.dim() == SCORES_RANK and found.shape[1] > 1:
-        pixels = found[:, 0].numel()
-        logs = found.log_softmax(1), wanted.log_softmax(1)
-        return functional.kl_div(*logs, log_target=True, reduction="sum") / pixels
-    return functional.mse_loss(found, wanted) / wanted.var().clamp_min(TINY)
-
-
-def _exact() -> AbstractContextManager[Any]:
-    import torch
-
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -17,7 +17,7 @@ from pipeline.cli.deployment import package, predict
 from pipeline.cli.diagnosis import doctor, inspect
 from pipeline.cli.evaluation import benchmark, regress, validate
 from pipeline.cli.logs import set_up_logging
-from pipeline.cli.weights import convert_weights, train
+from pipeline.cli.weights import convert_weights, prune, train
 from pipeline.cli.whole import init, report, run
 
 __all__ = ["GLOBAL_FLAGS", "app", "main"]
@@ -34,7 +34,7 @@ app = typer.Typer(
 )
 for command in (
     *(init, run, report),
-    *(export, clean, calibrate, engine, validate, benchmark, regress, train),
+    *(export, clean, prune, calibrate, engine, validate, benchmark, regress, train),
     *(package, predict, inspect, doctor),
 ):
     app.command()(command)

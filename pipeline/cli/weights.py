@@ -1,4 +1,4 @@
-"""Commands that write weights: train, weights convert."""
+"""Commands that write weights: train, prune, weights convert."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.arguments import load_settings, own_file, required
+from pipeline.cli.arguments import card_of, load_settings, own_file, required
 from pipeline.cli.endings import suggest_next
 from pipeline.cli.options import BUILD, ConfigOption, JsonOption, SetOption
-from pipeline.printing import print_json, print_table
+from pipeline.printing import print_json, print_pruning, print_table, suggest
 from pipeline.progress import working
 
 
@@ -36,6 +36,38 @@ def train(
     print_table(("class", "IoU, validation images"), rows, file=sys.stderr)
     print(f"{target}: mIoU {result.mean_iou_half:.4f} in {result.seconds:.0f} s")
     suggest_next("run", config, BUILD, overrides)
+
+
+def prune(
+    model: Annotated[Path, typer.Argument(help="CLEAN.onnx.")],
+    images: Annotated[Path, typer.Option(help="Folder of images, which need no labels; not those of validation.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PRUNED.onnx; its report is <this>.json.")],
+    steps: Annotated[int, typer.Option(help="Of gradient descent; a GPU does some 20 a second.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Images of a step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the images' order.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Set two of every four weights to zero for sparse kernels, and let the others learn the network's answers."""
+    import itertools
+
+    from pipeline.data.dataset import image_folder
+    from pipeline.graph.io import model_files
+    from pipeline.stages.prune import prune as prune_file
+
+    card = card_of(model)
+    dataset = image_folder(images.absolute(), card.preprocessing.channels)
+    inputs = [*model_files(model), *itertools.chain.from_iterable(dataset.files.values())]
+    target = own_file(output, inputs)
+    report = own_file(target.with_name(f"{target.name}.json"), inputs)
+    result = prune_file(
+        model.absolute(), dataset, card.preprocessing, target, report, steps=steps, batch=batch, seed=seed
+    )
+    if json:
+        print_json(result)
+        return
+    print_pruning(result)
+    print(target)
+    suggest("unet-trt", "validate", model, "--engine", target, "--images", "DIR", "--labels", "DIR")
 
 
 def convert_weights(

@@ -24,7 +24,7 @@ from pipeline.calibration.ranges import ZERO_AMAX, choose_ranges
 from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, Refinement, TensorRange
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
-from pipeline.data.dataset import Dataset, Sample, hash_apart
+from pipeline.data.dataset import Dataset, Sample, hash_apart, split_places
 from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, DataError
 from pipeline.graph.io import image_input, load_model, read_card, sha256_model
 from pipeline.graph.placement import activation_tensors
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 # Version in the header of caches that no TensorRT wrote: 8.6.0.
 CACHE_VERSION = 8600
 ENOUGH_IMAGES = 32
-# Of the images, every fourth judges the algorithms, and no more than these: each costs five inferences.
-HELD_OUT_STEP, MOST_HELD_OUT = 4, 16
 REFINING = "calibrate.refine_steps", "set it to 0"
 
 Named = tuple[str, NDArray[Any]]
@@ -101,7 +99,7 @@ def calibrate(
     if config.refine_steps:
         from pipeline.refinement import check_refinable
 
-        teaching = _split(len(samples), *REFINING)
+        teaching = split_places(len(samples), *REFINING)
         check_refinable(model, next((array for _, array in images.anew().read([0], "image", may_lack=True)), None))
     trials: list[AlgorithmTrial] = []
     held_out: list[int] = []
@@ -128,7 +126,7 @@ def calibrate(
             return _spread(fleet, collect, images, which, on_gpu=calibrator == "gpu")
 
         if config.algorithm == "auto":
-            rest, held_out = _split(len(samples), "algorithm: auto", "name an algorithm")
+            rest, held_out = split_places(len(samples), "algorithm: auto", "name an algorithm")
             histograms = gather(images, rest)
             judges = list(images.read(held_out, "held-out images"))
             trials = try_algorithms(model, histograms, [x for _, x in judges], config, engine)
@@ -421,20 +419,6 @@ def _groups(arrays: Iterator[NDArray[Any]], size: int) -> Iterator[list[NDArray[
 
 def _with_amax(entry: TensorRange, amax: float, counted: Histogram | None) -> TensorRange:
     return replace(entry, amax=amax, clipped=counted.share_above(amax) if counted else None)
-
-
-def _split(count: int, asks: str, instead: str) -> tuple[list[int], list[int]]:
-    """Places of the images that choose, and of those that judge what the others chose, spread over all."""
-    places = list(range(HELD_OUT_STEP - 1, count, HELD_OUT_STEP))
-    if not places:
-        raise CalibrationError(
-            f"{count} calibration images are too few for {asks}",
-            expected=f"at least {HELD_OUT_STEP}, of which every fourth judges what the others chose",
-            fix=f"give more images, or {instead}",
-        )
-    spread = np.linspace(0, len(places) - 1, min(len(places), MOST_HELD_OUT)).round().astype(int)
-    held_out = [places[i] for i in dict.fromkeys(spread.tolist())]
-    return [place for place in range(count) if place not in held_out], held_out
 
 
 def _notes(ranges: Sequence[TensorRange]) -> Iterator[str]:

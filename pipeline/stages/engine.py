@@ -43,6 +43,7 @@ from pipeline.graph.placement import (
 from pipeline.graph.promises import read_multiples, read_raw_names
 from pipeline.graph.quantize import quantized_as, with_biases
 from pipeline.graph.resampling import aligns_corners
+from pipeline.graph.sparsity import sparse_convolutions
 from pipeline.graph.writing import with_relus
 from pipeline.unet import load_unet
 
@@ -120,6 +121,8 @@ def build_engine(
                     fix="use engine.source: onnx, or calibrate with calibrate.refine_steps 0",
                 )
             notes.append(f"{len(chosen & set(table.biases))} convolutions have the calibration's refined biases")
+    if config.sparsity:
+        _note_sparsity(model, notes)
     source, given = clean, model
     if config.fuse_resize and precision != "fp32":
         model, table = _fused(model, table, notes)
@@ -393,3 +396,12 @@ def _definition(
 def _layout(spec: TensorSpec) -> dict[Axis, int]:
     last = spec.shape[-1]
     return NHWC if spec.dtype == "uint8" and isinstance(last, int) and last in (1, 3) else NCHW
+
+
+def _note_sparsity(model: onnx.ModelProto, notes: list[str]) -> None:
+    sparse, able = sparse_convolutions(model)
+    notes.append(f"engine.sparsity: {sparse} of {able} convolutions have weights of which two in four are zero")
+    if not sparse:
+        log.warning(
+            "engine.sparsity changes nothing: %s; `unet-trt prune` makes such weights", notes[-1].partition(": ")[2]
+        )

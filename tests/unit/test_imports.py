@@ -21,7 +21,7 @@ STAND_ON_HEAVY = (
     "serving",
     "stages",
     *("cleaning_report", "contest", "drift", "engines", "gpu_engines", "judging", "opening", "predictor", "rivals"),
-    *("refinement", "selection", "torch_graph", "trials"),
+    *("pruning", "refinement", "selection", "torch_graph", "trials"),
 )
 # Layer 0, and what each may load of this package.
 BOTTOM = {

@@ -1,0 +1,235 @@
+"""Two in four weights set to zero, and the others taught to give what the whole network gave, without labels."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, numpy_helper
+from pydantic.dataclasses import dataclass
+
+from pipeline.distillation import SCORES_RANK, distance, relative_error, repeatable, scores_of
+from pipeline.errors import CheckFailed, ModelError, UnsupportedError
+from pipeline.graph.io import model_inputs
+from pipeline.graph.placement import is_convolution
+from pipeline.graph.sparsity import LEAST_CHANNELS, kept_weights, prunable, with_weights
+from pipeline.torch_graph import TorchGraph
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Adam's step at first, as a share of the weights' root mean square; it falls to zero along a cosine.
+RATE = 5e-3
+# Of the steps, those in which pruned weights fade to zero.
+FADING = 0.3
+# Of the loss: tensors that convolutions read, beside the scores.
+INNER = 0.3
+LOGGED_EVERY = 100
+
+Batch = NDArray[np.float32]
+Weights = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What became of the scores.
+
+    Attributes:
+        convolutions: that were pruned, by name.
+        weights: how many these had, of which half are zero now, and of all convolutions' together.
+        loss_pruned, loss_after: mean distance from the whole network's scores on the held-out images, before and after
+            learning: nats a pixel of class scores, else squared error over variance.
+        agreement_pruned, agreement_after: share of their pixels that have the whole network's class; None without
+            class scores.
+    """
+
+    convolutions: tuple[str, ...]
+    weights: tuple[int, int]
+    steps: int
+    held_out: int
+    loss_pruned: float
+    loss_after: float
+    agreement_pruned: float | None
+    agreement_after: float | None
+    device: str
+    seconds: float
+
+
+def check_prunable(model: ModelProto) -> list[NodeProto]:
+    """The convolutions that would be pruned.
+
+    Raises:
+        ModelError: there is none.
+        UnsupportedError: torch is not installed, or a node has no gradients here.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UnsupportedError(
+            "pruning needs torch, which computes its gradients, and torch is not installed", fix="pip install torch"
+        ) from error
+    nodes = prunable(model)
+    if not nodes:
+        raise ModelError(
+            "the graph has no convolution whose weights can be pruned two in four",
+            expected=f"Conv with constant weights and a multiple of {LEAST_CHANNELS} input channels",
+            fix="leave pruning out: TensorRT has no sparse kernels for this network",
+        )
+    TorchGraph(model, scores_of(model), torch.device("cpu"))
+    return nodes
+
+
+def prune(
+    model: ModelProto, batches: Iterable[Batch], judges: Sequence[Batch], steps: int
+) -> tuple[ModelProto, Pruning]:
+    """The graph with two of every four weights zero in each convolution that ``prunable`` names.
+
+    Which: those of the smallest |weight| times root mean square of their input channel (Sun et al. 2023,
+    arXiv:2306.11695), over the held-out images. They fade to zero, while all weights and biases of convolutions learn
+    by gradient descent what the whole network gives (distillation): its scores, and the tensors that convolutions read.
+
+    Args:
+        model: a clean float32 graph with one input.
+        batches: one for each step, as the graph takes them.
+        judges: batches of other images.
+
+    Raises:
+        CheckFailed: the loss is no number.
+        ModelError, UnsupportedError: as ``check_prunable``.
+    """
+    nodes = check_prunable(model)
+    import torch
+
+    started = time.perf_counter()
+    learner = _Learner(model, nodes, judges)
+    with repeatable(tf32=True):
+        loss_pruned, agreement_pruned = learner.judge(judges)
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [one], "lr": RATE * max(float(one.detach().square().mean().sqrt()), 1e-6)}
+                for one in learner.all
+            ]
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+        for step, batch in enumerate(batches, 1):
+            learner.fade = max(0.0, 1 - step / (FADING * steps))
+            loss = learner.loss(batch)
+            if not torch.isfinite(loss):
+                raise CheckFailed(
+                    f"pruning's loss is {loss.item()} in step {step}", expected="a number", fix="report the model"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if step % LOGGED_EVERY == 0 or step == steps:
+                log.info("pruning, step %d of %d: loss %.3g", step, steps, loss.item())
+        learner.fade = 0.0
+        loss_after, agreement_after = learner.judge(judges)
+    return with_weights(model, learner.weights()), Pruning(
+        convolutions=learner.names,
+        weights=learner.counted,
+        steps=steps,
+        held_out=len(judges),
+        loss_pruned=loss_pruned,
+        loss_after=loss_after,
+        agreement_pruned=agreement_pruned,
+        agreement_after=agreement_after,
+        device=torch.cuda.get_device_name() if learner.device.type == "cuda" else "CPU",
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+class _Learner:
+    """The weights that learn, and the graph that they are weights of."""
+
+    def __init__(self, model: ModelProto, nodes: Sequence[NodeProto], judges: Sequence[Batch]) -> None:
+        import torch
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.input, self.scores = model_inputs(model)[0].name, scores_of(model)
+        convolutions = [node for node in model.graph.node if is_convolution(node)]
+        self.inner = list(dict.fromkeys(n.input[0] for n in convolutions if n.input[0] != self.input))
+        self.graph = TorchGraph(model, [*self.scores, *self.inner], self.device)
+        self.names = tuple(node.name or node.output[0] for node in nodes)
+        arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        learned = dict.fromkeys(name for n in convolutions for name in n.input[1:] if name in arrays)
+        self.learned = {name: torch.tensor(arrays[name], device=self.device, requires_grad=True) for name in learned}
+        self.all = list(self.learned.values())
+        self.fade = 0.0
+        # A weight that several convolutions share is pruned by what the first of them reads.
+        places = {node.input[1]: node.input[0] for node in reversed(nodes)}
+        sizes = self._sizes(list(dict.fromkeys(places.values())), judges)
+        self.kept = {
+            weight: torch.from_numpy(kept_weights(np.abs(arrays[weight]) * sizes[tensor][:, None, None])).to(
+                self.device
+            )
+            for weight, tensor in places.items()
+        }
+        kinds = {n.input[1]: arrays[n.input[1]].size for n in convolutions if n.input[1] in arrays}
+        self.counted = sum(kinds[name] for name in self.kept), sum(kinds.values())
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of one batch, with what is learned so far."""
+        import torch
+
+        feeds = self._feeds(batch)
+        with torch.no_grad():
+            wanted = self.graph(feeds)
+        found = self.graph(feeds, self._current())
+        count = len(self.scores)
+        scores = torch.stack([distance(*pair) for pair in zip(found[:count], wanted[:count], strict=True)]).sum()
+        if not self.inner:
+            return scores
+        inner = torch.stack([relative_error(*pair) for pair in zip(found[count:], wanted[count:], strict=True)]).mean()
+        return scores + INNER * inner
+
+    def judge(self, batches: Sequence[Batch]) -> tuple[float, float | None]:
+        """Mean loss of the scores, and the share of pixels that have the whole network's class."""
+        import torch
+
+        losses, same = [], []
+        count = len(self.scores)
+        with torch.no_grad():
+            for batch in batches:
+                feeds = self._feeds(batch)
+                pairs = list(zip(self.graph(feeds, self._current())[:count], self.graph(feeds)[:count], strict=True))
+                losses.append(sum(distance(*pair).item() for pair in pairs))
+                found, wanted = pairs[0]
+                if found.dim() == SCORES_RANK and found.shape[1] > 1:
+                    same.append((found.argmax(1) == wanted.argmax(1)).float().mean().item())
+        return float(np.mean(losses)), float(np.mean(same)) if same else None
+
+    def weights(self) -> Weights:
+        """By the initializer's name."""
+        return {name: value.detach().cpu().numpy() for name, value in self._current().items()}
+
+    def _current(self) -> dict[str, Tensor]:
+        faded = {name: self.learned[name] * (kept + self.fade * ~kept) for name, kept in self.kept.items()}
+        return {**self.learned, **faded}
+
+    def _feeds(self, batch: Batch) -> dict[str, Tensor]:
+        import torch
+
+        return {self.input: torch.from_numpy(np.asarray(batch, np.float32)).to(self.device)}
+
+    def _sizes(self, tensors: Sequence[str], batches: Sequence[Batch]) -> Weights:
+        """Root mean square of each channel of tensors (N, C, H, W), over all batches."""
+        import torch
+
+        sums: Weights = {}
+        places = [self.graph.wanted.index(tensor) for tensor in tensors]
+        with torch.no_grad():
+            for batch in batches:
+                values = self.graph(self._feeds(batch))
+                for tensor, place in zip(tensors, places, strict=True):
+                    mean = values[place].square().mean((0, 2, 3)).cpu().numpy()
+                    sums[tensor] = sums.get(tensor, 0) + mean
+        return {tensor: np.sqrt(total / len(batches)) for tensor, total in sums.items()}

@@ -1,0 +1,133 @@
+"""A clean graph with two of every four weights zero, taught by the whole one on images without labels."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
+
+from pipeline.artifacts import TensorSpec, to_json, write_atomically
+from pipeline.backends.base import feed_image
+from pipeline.config import PreprocessingConfig
+from pipeline.data.dataset import Dataset, split_places
+from pipeline.data.inputs import THREADS, on_threads
+from pipeline.errors import ConfigError
+from pipeline.graph.io import image_input, load_model, save_model, sha256_model, staged
+from pipeline.progress import track
+from pipeline.pruning import Pruning, check_prunable
+from pipeline.pruning import prune as pruned
+
+log = logging.getLogger(__name__)
+
+# Images prepared before their step.
+AHEAD = 2 * THREADS
+MIRRORED = 1 / 2
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """Where a pruned graph comes from.
+
+    Attributes:
+        images: that it learned from, and was judged on.
+        batch: images of a step.
+        seed: of their order, and of which are mirrored.
+    """
+
+    clean_sha256: str
+    pruned_sha256: str
+    images: tuple[str, ...]
+    batch: int
+    seed: int
+    result: Pruning
+
+
+def prune(
+    clean: Path,
+    samples: Dataset,
+    preprocessing: PreprocessingConfig,
+    target: Path,
+    report: Path,
+    *,
+    steps: int,
+    batch: int,
+    seed: int = 0,
+) -> PruningReport:
+    """Prune the weights of a clean graph two in four, let the others learn, write the new graph and its report.
+
+    Every fourth image, at most 16, judges and teaches nothing. Half of the others, chosen anew in every step, are
+    mirrored: no label has to follow.
+
+    Args:
+        clean: float32 graph of one image input; its card goes into the new one.
+        target, report: written last, each whole or not at all.
+        steps: of gradient descent.
+        batch: images of a step, at the network's size.
+
+    Raises:
+        ConfigError: no step, or no image in one.
+        CalibrationError: fewer images than four.
+        ModelError: no convolution can be pruned, or not exactly one input.
+        DataError: an image that cannot be decoded, or does not fit.
+        UnsupportedError: torch is not installed, or a node has no gradients here.
+        CheckFailed: the loss is no number.
+    """
+    for name, value in (("steps", steps), ("batch", batch)):
+        if value < 1:
+            raise ConfigError(f"pruning takes at least one of {name}", expected="1 or more", got=str(value))
+    model = load_model(clean)
+    source = image_input(model, clean)
+    check_prunable(model)
+    learning, judging = split_places(len(samples), "pruning", "leave it out")
+    judges = [_prepared(samples, place, source, preprocessing) for place in judging]
+    batches = _batches(samples, learning, source, preprocessing, steps, batch, seed)
+    result, outcome = pruned(model, track(batches, "pruning", steps), judges, steps)
+    with staged(target) as file:
+        save_model(result, file)
+        written = PruningReport(sha256_model(clean), sha256_model(file), tuple(samples.names), batch, seed, outcome)
+        write_atomically(report, to_json(written))
+    log.info("%d convolutions pruned, %d steps in %.0f s", len(outcome.convolutions), steps, outcome.seconds)
+    return written
+
+
+def _prepared(
+    samples: Dataset, place: int, source: TensorSpec, preprocessing: PreprocessingConfig, mirrored: bool = False
+) -> Array:
+    """One image as the graph takes it, once whatever its batch."""
+    sample = samples[place]
+    image = np.ascontiguousarray(sample.image[:, ::-1]) if mirrored else sample.image
+    return feed_image(source, image, preprocessing, sample.name)[source.name][:1]
+
+
+def _batches(
+    samples: Dataset,
+    places: Sequence[int],
+    source: TensorSpec,
+    preprocessing: PreprocessingConfig,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> Iterator[Array]:
+    """Each step's images, in a seeded order, prepared on threads ahead of their use."""
+    generator = np.random.default_rng(seed)
+    order: list[int] = []
+    while len(order) < steps * batch:
+        order += generator.permutation(places).tolist()
+
+    mirrored = generator.random(steps * batch) < MIRRORED
+    calls = (
+        (1, functools.partial(_prepared, samples, place, source, preprocessing, bool(turned)))
+        for place, turned in zip(order, mirrored, strict=False)
+    )
+    images = on_threads(calls, THREADS, AHEAD, AHEAD)
+    while group := list(itertools.islice(images, batch)):
+        yield np.concatenate(group)
