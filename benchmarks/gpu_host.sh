@@ -11,8 +11,8 @@
 # DATE           of the measurement, where the host's clock is wrong
 #
 # What is made lies in FOLDER, and what is worth keeping in FOLDER/results. On an H200 with 16 cores the parts took:
-# networks 65 s, predict 260 s, refined 155 s and engines 250 s, detector 450 s, wts 220 s, keras 195 s; fleet, with two
-# GPUs, 230 s.
+# networks 65 s, predict 260 s, refined 155 s and engines 250 s, pruned 330 s, detector 450 s, wts 220 s, keras 195 s, a
+# dozen of the tries 250 to 500 s; fleet, with two GPUs, 230 s.
 set -euo pipefail
 folder=$(realpath -m "$1")
 results=$folder/results build=$folder/build
@@ -104,13 +104,34 @@ P
 keras() { judged keras; }
 wts() { judged wts; }
 
-tries() { # of what docs/performance.md lists as not yet tried
+tries() { # docs/performance.md: those of the fifth run, and of what it lists as not yet tried
   timed() { "$PYTHON" benchmarks/performance.py engines "$folder" -o "$results/performance.json" "${dated[@]}" "$@"; }
   timed --networks unet --tries "int8, shared" "int8, shared, relu" "int8, shared, relu in int8*" \
-    "int8, shared, kept in L2" "int8, shared, timed 8 times" "int8, shared, level 2" "*, 16 threads" "fp16" "fp16, relu"
+    "int8, shared, kept in L2" "int8, shared, timed 8 times" "int8, shared, level 2" "*, 16 threads" "fp16" "fp16, relu" \
+    "int8*takes*" "int8, shared, gives half" "fp16, takes*" "*sparse*"
   timed --networks unet-nearest --tries "int8, shared" "int8, shared, transposed*"
   timed --networks unet-upconv --tries "fp16" "int8, shared" "*, folded"
   timed --networks camvid --camvid "$CAMVID_ROOT" --tries "fp16" "fp16, relu" "int8, shared" "int8, shared, relu in int8*"
+}
+
+pruned() { # camvid, two of four weights zero: against its own FP32, then against the whole network's
+  local clean=$folder/whole/camvid/clean/model.onnx images=$CAMVID_ROOT/val/images labels=$CAMVID_ROOT/val/labels
+  torch clean -c configs/camvid.yaml --build-dir "$folder/whole"
+  torch prune "$clean" --images "$CAMVID_ROOT/train/images" -o "$folder/pruned.onnx"
+  measured trt run -c configs/camvid.yaml --build-dir "$folder/pruned" --backend "$BACKEND" -p fp16 -p int8 \
+    --set "network={onnx: $folder/pruned.onnx}" --set engine.sparsity=true --set calibrate.images=64
+  measured trt validate "$clean" --engine "$folder/pruned.onnx" --images "$images" --labels "$labels" -o "$folder/judged/fp32"
+  for precision in fp16 int8; do
+    for model in "$folder/pruned/camvid/engine/$precision"/model.{engine,onnx}; do
+      if [ -e "$model" ]; then
+        measured trt validate "$clean" --engine "$model" --images "$images" --labels "$labels" \
+          -o "$folder/judged/$precision"
+        break
+      fi
+    done
+  done
+  cp "$folder/pruned.onnx.json" "$results/"
+  keep pruned pruned judged
 }
 
 threads() { # of the build: of SiLUs, whose kernels TensorRT compiles itself
@@ -126,7 +147,7 @@ tests() { "$PYTHON" -m pytest tests/gpu -m gpu; }
 
 for part in "$@"; do
   case $part in
-    networks | predict | fleet | refined | engines | detector | keras | wts | tries | threads | tests) ;;
+    networks | predict | fleet | refined | engines | pruned | detector | keras | wts | tries | threads | tests) ;;
     *) echo "gpu_host.sh: there is no part $part" >&2 && exit 2 ;;
   esac
 done

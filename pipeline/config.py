@@ -293,7 +293,9 @@ class EngineConfig(Strict):
         1, ge=1, le=256, description="threads that TensorRT may build with, to compile kernels for instance"
     )
     tf32: bool = Field(False, description="let FP32 layers compute in TF32: faster, with a mantissa of 10 bits")
-    sparsity: bool = Field(False, description="kernels for weights of which 2 in 4 are zero")
+    sparsity: bool = Field(
+        False, description="in INT8, kernels for weights of which 2 in 4 are zero, as `unet-trt prune` leaves them"
+    )
     hardware_compatible: bool = Field(False, description="for every GPU from Ampere on; slower than for this one alone")
     version_compatible: bool = Field(False, description="for later TensorRT of this major version too")
     refit: bool = Field(False, description="weights can be replaced in the engine; fewer fusions")

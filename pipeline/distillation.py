@@ -1,32 +1,16 @@
-"""Learning from what a network gives in FP32, without labels: the scores, and how far others are from them."""
+"""Learning from what a network gives in FP32, without labels: how far other scores are from its own."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from onnx import ModelProto
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What only decides or normalises behind the scores, and has no gradient worth following.
-DECIDING = ("ArgMax", "Cast", "Softmax", "Squeeze")
 SCORES_RANK = 4
 # A variance that is none.
 TINY = 1e-12
-
-
-def scores_of(model: ModelProto) -> list[str]:
-    """The tensors that the outputs are decided from."""
-    producers = {name: node for node in model.graph.node for name in node.output}
-    names = []
-    for output in model.graph.output:
-        name = output.name
-        while name in producers and producers[name].op_type in DECIDING:
-            name = producers[name].input[0]
-        names.append(name)
-    return names
 
 
 def distance(found: Tensor, wanted: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from pydantic.dataclasses import dataclass
 
-from pipeline.distillation import SCORES_RANK, distance, relative_error, repeatable, scores_of
+from pipeline.distillation import SCORES_RANK, distance, relative_error, repeatable
 from pipeline.errors import CheckFailed, ModelError, UnsupportedError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import is_convolution
+from pipeline.graph.scores import scores_of
 from pipeline.graph.sparsity import LEAST_CHANNELS, kept_weights, prunable, with_weights
 from pipeline.torch_graph import TorchGraph
 

@@ -16,11 +16,12 @@ from onnx import ModelProto, numpy_helper
 from pipeline.calibration.report import Refinement
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig
-from pipeline.distillation import distance, repeatable, scores_of
+from pipeline.distillation import distance, repeatable
 from pipeline.errors import CalibrationError, UnsupportedError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
 from pipeline.graph.quantize import BIAS, quantized_as, with_biases
+from pipeline.graph.scores import scores_of
 from pipeline.torch_graph import TorchGraph
 
 if TYPE_CHECKING:

@@ -116,9 +116,9 @@ def _constant(node: NodeProto) -> Any:
 
 def _unsupported(node: NodeProto, what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"refinement has no gradients for {what}: {node.name or node.output[0]}",
+        f"refinement and pruning have no gradients for {what}: {node.name or node.output[0]}",
         expected="a clean graph of convolutions, activations, pools, resizes, pads, concatenations and sums",
-        fix="set calibrate.refine_steps to 0; a graph with fixed sizes has fewer kinds of nodes",
+        fix="leave it out (calibrate.refine_steps: 0); a graph with fixed sizes has fewer kinds of nodes",
     )
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from pipeline.graph.placement import groups, quantizable
+from pipeline.graph.scores import scores_of
 
 # Of four input channels in a row, of every output channel and every place of the kernel (Mishra et al. 2021,
 # arXiv:2104.08378).
@@ -21,17 +22,17 @@ def prunable(model: ModelProto) -> list[NodeProto]:
     """Convolutions that sparse kernels can run: Conv of one group, with constant weights and a multiple of 32 input
     channels.
 
-    Not: those that give an output of the graph, which wait for memory rather than arithmetic and decide every pixel.
+    Not: those that give the scores, which wait for memory rather than arithmetic and decide every pixel.
     """
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
-    outputs = {value.name for value in model.graph.output}
+    scores = set(scores_of(model))
     return [
         node
         for node in quantizable(model, ())
         if node.op_type == "Conv"
         and groups(node) == 1
         and arrays[node.input[1]].dims[1] % LEAST_CHANNELS == 0
-        and outputs.isdisjoint(node.output)
+        and scores.isdisjoint(node.output)
     ]
 
 

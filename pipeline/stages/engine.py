@@ -122,7 +122,7 @@ def build_engine(
                 )
             notes.append(f"{len(chosen & set(table.biases))} convolutions have the calibration's refined biases")
     if config.sparsity:
-        _note_sparsity(model, notes)
+        config = _with_sparsity(model, built, config, notes)
     source, given = clean, model
     if config.fuse_resize and precision != "fp32":
         model, table = _fused(model, table, notes)
@@ -398,10 +398,14 @@ def _layout(spec: TensorSpec) -> dict[Axis, int]:
     return NHWC if spec.dtype == "uint8" and isinstance(last, int) and last in (1, 3) else NCHW
 
 
-def _note_sparsity(model: onnx.ModelProto, notes: list[str]) -> None:
+def _with_sparsity(model: onnx.ModelProto, built: Precision, config: EngineConfig, notes: list[str]) -> EngineConfig:
+    """The settings with sparse kernels in INT8 alone: an FP16 engine with two of TensorRT 8.6.0's had other masks than
+    its graph, and was no faster (docs/pruning.md)."""
+    if built not in QUANTIZED:
+        notes.append(f"engine.sparsity is for INT8: {built} has dense kernels")
+        return config.model_copy(update={"sparsity": False})
     sparse, able = sparse_convolutions(model)
     notes.append(f"engine.sparsity: {sparse} of {able} convolutions have weights of which two in four are zero")
     if not sparse:
-        log.warning(
-            "engine.sparsity changes nothing: %s; `unet-trt prune` makes such weights", notes[-1].partition(": ")[2]
-        )
+        log.warning("%s, so it changes nothing; `unet-trt prune` makes such weights", notes[-1])
+    return config

@@ -336,11 +336,12 @@ def test_timing_cache_cold_warm_damaged(folder, tmp_path):
     ],
     ids=str,
 )
-def test_options(folder, tmp_path, options):
+def test_options(folder, table, tmp_path, options):
     (name,) = options
+    precision = "int8" if name == "sparsity" else "fp16"
     try:
         manifest = build_engine(
-            folder / "clean.onnx", "fp16", settings(**options), None, None, None, tmp_path / "out", None
+            folder / "clean.onnx", precision, settings(**options), table, None, None, tmp_path / "out", None
         )
     except (UnsupportedError, EngineError) as refused:  # a version-compatible build needs TensorRT's lean runtime
         said, why = str(refused), refused.problem
@@ -352,7 +353,7 @@ def test_options(folder, tmp_path, options):
     assert options.items() <= manifest.options.items()
     (feeds,) = images(1, seed=7)
     with load_engine(tmp_path / "out" / "model.engine") as runner:
-        assert error(runner(feeds)["logits"], reference(tiny_unet(), feeds)) < TOLERANCE["fp16"]
+        assert error(runner(feeds)["logits"], reference(tiny_unet(), feeds)) < TOLERANCE[precision]
 
 
 def test_an_interrupted_build_leaves_nothing(folder, tmp_path):

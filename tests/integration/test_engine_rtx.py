@@ -134,9 +134,10 @@ def test_a_node_that_the_parser_refuses_is_named(tmp_path):
     ],
     ids=str,
 )
-def test_options_that_rtx_has(clean, tmp_path, options):
+def test_options_that_rtx_has(clean, table, tmp_path, options):
     config = EngineConfig(backend="tensorrt-rtx", **options)
-    manifest = build_engine(clean, "fp16", config, None, None, None, tmp_path / "out", None)
+    precision = "int8" if "sparsity" in options else "fp16"
+    manifest = build_engine(clean, precision, config, table, None, None, tmp_path / "out", None)
     assert options.items() <= manifest.options.items()
 
 

@@ -16,13 +16,15 @@ from PIL import Image
 
 from pipeline.artifacts import from_json
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
+from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, load_config
 from pipeline.data.dataset import Dataset, image_folder
 from pipeline.data.preprocessing import preprocess
 from pipeline.data.synthetic import draw_cells
 from pipeline.errors import ModelError, UnsupportedError
 from pipeline.graph.io import load_model, read_card, save_model, sha256_model
-from pipeline.graph.sparsity import is_sparse, prunable, sparse_convolutions
+from pipeline.graph.placement import activation_tensors
+from pipeline.graph.sparsity import is_sparse, prunable
 from pipeline.run import Run
 from pipeline.stages.engine import build_engine
 from pipeline.stages.prune import PruningReport, prune
@@ -84,6 +86,11 @@ def classes(model: Path) -> NDArray[np.int64]:
         return np.concatenate([next(iter(runner({"image": image}).values())).argmax(1) for image in shown])
 
 
+def ranges(model: Path) -> CalibrationTable:
+    """Of a calibration that nobody made."""
+    return CalibrationTable("entropy", dict.fromkeys(activation_tensors(load_model(model)), 4.0))
+
+
 def weights(model: ModelProto) -> dict[str, NDArray[np.float32]]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
@@ -137,17 +144,24 @@ def test_an_engine_says_how_many_convolutions_are_sparse(
     sparse: bool,
     warned: bool,
 ) -> None:
+    graph = made[0] if sparse else clean
     with caplog.at_level(logging.WARNING):
-        build_engine(made[0] if sparse else clean, "fp16", GRAPHS, None, None, None, tmp_path / "out", None)
+        build_engine(graph, "int8", GRAPHS, ranges(graph), None, None, tmp_path / "out", None)
     count = len(made[1].result.convolutions)
-    assert (f"engine.sparsity changes nothing: 0 of {count} convolutions" in caplog.text) == warned
+    assert (f"engine.sparsity: 0 of {count} convolutions" in caplog.text) == warned
 
 
 def test_rounding_keeps_the_zeros(made: tuple[Path, PruningReport], tmp_path: Path) -> None:
-    build_engine(made[0], "fp16", GRAPHS, None, None, None, tmp_path / "out", None)
+    build_engine(made[0], "int8", GRAPHS, ranges(made[0]), None, None, tmp_path / "out", None)
     typed = load_model(tmp_path / "out" / "model.onnx")
-    count = len(made[1].result.convolutions)
-    assert sparse_convolutions(typed) == (count, count)
+    producers = {node.output[0]: node for node in typed.graph.node}
+    arrays = weights(typed)
+    for node in typed.graph.node:
+        if node.name in made[1].result.convolutions:
+            back = producers[node.input[1]]
+            source, scale, _ = producers[back.input[0]].input
+            steps = np.rint(arrays[source] / arrays[scale][:, None, None, None])
+            assert is_sparse(steps), node.name
 
 
 def test_the_command(clean: Path, images: Path, tmp_path: Path, unet_trt: Command) -> None:

@@ -269,6 +269,24 @@ def test_the_manifest_says_how_it_was_built(use, clean, tmp_path):
     assert (options["refit"], options["optimization_level"], options["sparsity"]) == (True, 5, False)
 
 
+@pytest.mark.parametrize(
+    ("precision", "sparse", "noted"),
+    [
+        ("fp16", False, "engine.sparsity is for INT8: fp16 has dense kernels"),
+        ("fp32", False, "engine.sparsity is for INT8: fp32 has dense kernels"),
+        ("int8", True, "engine.sparsity: 0 of"),
+        ("mixed", True, "engine.sparsity: 0 of"),
+    ],
+)
+def test_sparse_kernels_are_for_int8(use, clean, table, tmp_path, caplog, precision, sparse, noted):
+    builder = use("implicit")
+    run(clean, precision, table, tmp_path / "out", sparsity=True)
+    manifest = from_json(EngineManifest, tmp_path / "out" / "manifest.json")
+    assert builder.requests[0].config.sparsity is manifest.options["sparsity"] is sparse
+    assert any(note.startswith(noted) for note in manifest.notes)
+    assert ("it changes nothing; `unet-trt prune` makes such weights" in caplog.text) is sparse
+
+
 class TestFile:
     """``unet-trt engine CLEAN.onnx -o model.engine``."""
 

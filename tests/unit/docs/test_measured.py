@@ -32,7 +32,8 @@ PREDICT, PREDICT_EARLIER = "2026-11-22-h200-predict-3.json", "2026-11-22-h200-pr
 
 def figures() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Page, figure of a table, and the results that its section names, or else the page."""
-    for name in ("benchmark.md", "deploying.md", "driving.md", "performance.md", "predicting.md", "wts.md"):
+    pages = ("benchmark", "deploying", "driving", "performance", "predicting", "pruning", "wts")
+    for name in (f"{page}.md" for page in pages):
         page = (DOCS / name).read_text(encoding="utf-8")
         for section in re.split(r"\n(?=## )", page):
             table = "\n".join(line for line in section.splitlines() if line.startswith("|"))

@@ -58,6 +58,13 @@ def test_convolutions_with_few_inputs_and_those_of_the_output_are_left_out() -> 
     assert prunable(chain(32, 64, 64, group=2)) == []
 
 
+def test_what_gives_the_scores_stays_whole_behind_a_decision_too() -> None:
+    model = chain(3, 32, 64, 32)
+    model.graph.node[-1].output[0] = "scores"
+    model.graph.node.append(helper.make_node("Softmax", ["scores"], ["t3"], "softmax", axis=1))
+    assert [node.name for node in prunable(model)] == ["c1"]
+
+
 def test_sparse_convolutions_are_counted() -> None:
     model = chain(3, 32, 64, 64, 5)
     assert sparse_convolutions(model) == (0, 2)
