@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
+
+from onnx import ModelProto
+
+from pipeline.graph.io import read_card
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,16 +18,31 @@ SCORES_RANK = 4
 TINY = 1e-12
 
 
-def distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """Of scores (N, classes, H, W) the Kullback–Leibler divergence of their softmax, in nats a pixel; else the squared
-    error over the variance."""
+def decides_classes(model: ModelProto) -> bool:
+    """Whether the network is one for masks; without a card it is taken for one."""
+    card = read_card(model)
+    return card is None or card.task == "segmentation"
+
+
+def are_classes(scores: Tensor, masks: bool) -> bool:
+    """Whether scores are (N, classes, H, W), of a network for ``masks``."""
+    return masks and scores.dim() == SCORES_RANK and scores.shape[1] > 1
+
+
+def distance(found: Sequence[Tensor], wanted: Sequence[Tensor], masks: bool) -> Tensor:
+    """Sum over the scores: of classes the Kullback–Leibler divergence of their softmax, in nats a pixel; of others
+    ``relative_error``."""
+    import torch
     from torch.nn import functional
 
-    if found.dim() == SCORES_RANK and found.shape[1] > 1:
-        pixels = found[:, 0].numel()
-        logs = found.log_softmax(1), wanted.log_softmax(1)
-        return functional.kl_div(*logs, log_target=True, reduction="sum") / pixels
-    return relative_error(found, wanted)
+    losses = []
+    for ours, theirs in zip(found, wanted, strict=True):
+        if are_classes(theirs, masks):
+            logs = ours.log_softmax(1), theirs.log_softmax(1)
+            losses.append(functional.kl_div(*logs, log_target=True, reduction="sum") / theirs[:, 0].numel())
+        else:
+            losses.append(relative_error(ours, theirs))
+    return torch.stack(losses).sum()
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 from pydantic.dataclasses import dataclass
 
-from pipeline.distillation import SCORES_RANK, distance, relative_error, repeatable
+from pipeline.distillation import are_classes, decides_classes, distance, relative_error, repeatable
 from pipeline.errors import CheckFailed, ModelError, UnsupportedError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import is_convolution
@@ -155,6 +155,7 @@ class _Learner:
         import torch
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.masks = decides_classes(model)
         self.input, self.scores = model_inputs(model)[0].name, scores_of(model)
         convolutions = [node for node in model.graph.node if is_convolution(node)]
         self.inner = list(dict.fromkeys(n.input[0] for n in convolutions if n.input[0] != self.input))
@@ -186,7 +187,7 @@ class _Learner:
             wanted = self.graph(feeds)
         found = self.graph(feeds, self._current())
         count = len(self.scores)
-        scores = torch.stack([distance(*pair) for pair in zip(found[:count], wanted[:count], strict=True)]).sum()
+        scores = distance(found[:count], wanted[:count], self.masks)
         if not self.inner:
             return scores
         inner = torch.stack([relative_error(*pair) for pair in zip(found[count:], wanted[count:], strict=True)]).mean()
@@ -201,11 +202,10 @@ class _Learner:
         with torch.no_grad():
             for batch in batches:
                 feeds = self._feeds(batch)
-                pairs = list(zip(self.graph(feeds, self._current())[:count], self.graph(feeds)[:count], strict=True))
-                losses.append(sum(distance(*pair).item() for pair in pairs))
-                found, wanted = pairs[0]
-                if found.dim() == SCORES_RANK and found.shape[1] > 1:
-                    same.append((found.argmax(1) == wanted.argmax(1)).float().mean().item())
+                found, wanted = self.graph(feeds, self._current())[:count], self.graph(feeds)[:count]
+                losses.append(distance(found, wanted, self.masks).item())
+                if are_classes(wanted[0], self.masks):
+                    same.append((found[0].argmax(1) == wanted[0].argmax(1)).float().mean().item())
         return float(np.mean(losses)), float(np.mean(same)) if same else None
 
     def weights(self) -> Weights:

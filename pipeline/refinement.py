@@ -16,7 +16,7 @@ from onnx import ModelProto, numpy_helper
 from pipeline.calibration.report import Refinement
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig
-from pipeline.distillation import distance, repeatable
+from pipeline.distillation import decides_classes, distance, repeatable
 from pipeline.errors import CalibrationError, UnsupportedError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
@@ -136,7 +136,7 @@ class _Learner:
     def __init__(self, model: ModelProto, table: CalibrationTable, engine: EngineConfig) -> None:
         import torch
 
-        self.first = table
+        self.first, self.masks = table, decides_classes(model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.input = device, model_inputs(model)[0].name
         scores = scores_of(model)
@@ -170,7 +170,7 @@ class _Learner:
         with torch.no_grad():
             wanted = self.exact(feeds)
         found = self.rounded(feeds, self._learned())
-        return sum((distance(*pair) for pair in zip(found, wanted, strict=True)), torch.zeros((), device=self.device))
+        return distance(found, wanted, self.masks)
 
     def judge(self, batches: Sequence[Batch]) -> float:
         """Mean loss of batches."""

@@ -80,6 +80,7 @@ def prune(
         DataError: an image that cannot be decoded, or does not fit.
         UnsupportedError: torch is not installed, or a node has no gradients here.
         CheckFailed: the loss is no number.
+        BuildFolderError: the target cannot be written; known before the work.
     """
     for name, value in (("steps", steps), ("batch", batch)):
         if value < 1:
@@ -88,10 +89,10 @@ def prune(
     source = image_input(model, clean)
     check_prunable(model)
     learning, judging = split_places(len(samples), "pruning", "leave it out")
-    judges = [_prepared(samples, place, source, preprocessing) for place in judging]
-    batches = _batches(samples, learning, source, preprocessing, steps, batch, seed)
-    result, outcome = pruned(model, track(batches, "pruning", steps), judges, steps)
-    with staged(target) as file:
+    with staged(target) as file:  # from the start: a target that cannot be written is told before the work
+        judges = [_prepared(samples, place, source, preprocessing) for place in judging]
+        batches = _batches(samples, learning, source, preprocessing, steps, batch, seed)
+        result, outcome = pruned(model, track(batches, "pruning", steps), judges, steps)
         save_model(result, file)
         written = PruningReport(sha256_model(clean), sha256_model(file), tuple(samples.names), batch, seed, outcome)
         write_atomically(report, to_json(written))

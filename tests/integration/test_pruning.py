@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from pipeline.config import EngineConfig, load_config
 from pipeline.data.dataset import Dataset, image_folder
 from pipeline.data.preprocessing import preprocess
 from pipeline.data.synthetic import draw_cells
-from pipeline.errors import ModelError, UnsupportedError
-from pipeline.graph.io import load_model, read_card, save_model, sha256_model
+from pipeline.errors import BuildFolderError, ModelError, UnsupportedError
+from pipeline.graph.io import load_model, read_card, save_model, sha256_model, write_card
 from pipeline.graph.placement import activation_tensors
 from pipeline.graph.sparsity import is_sparse, prunable
 from pipeline.run import Run
@@ -208,6 +209,24 @@ def test_the_graph_itself_is_not_overwritten(clean: Path, images: Path, unet_trt
     before = clean.read_bytes()
     fails(unet_trt("prune", clean, "--images", images, "-o", clean), 2, "would overwrite what it is made from")
     assert clean.read_bytes() == before
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_work(clean: Path, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(BuildFolderError, match="cannot write"):
+        pruned_to(clean, dataset, tmp_path / "missing" / "out.onnx", 1_000_000)
+
+
+def test_a_network_without_masks_is_pruned_by_its_values(clean: Path, dataset: Dataset, tmp_path: Path) -> None:
+    model = load_model(clean)
+    card = read_card(model)
+    assert card is not None
+    write_card(model, replace(card, task="tensors"))
+    save_model(model, tmp_path / "tensors.onnx")
+    masks = pruned_to(clean, dataset, tmp_path / "masks-pruned.onnx", 2).result
+    values = pruned_to(tmp_path / "tensors.onnx", dataset, tmp_path / "values-pruned.onnx", 2).result
+    assert values.agreement_pruned is values.agreement_after is None
+    assert masks.agreement_after is not None
+    assert values.loss_pruned != pytest.approx(masks.loss_pruned, rel=0.01)
 
 
 def test_a_network_without_wide_convolutions(dataset: Dataset, tmp_path: Path) -> None:
