@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Named in a reason; the report's table has all of them.
 SHOWN = 6
 UNKNOWN = "unknown"
+# In the names of kernels for weights of which two in four are zero.
+SPARSE = "sparse"
 
 
 def account_for(
@@ -156,7 +158,11 @@ def _reasons(int8: EngineAccount) -> list[str]:
         hidden = int8.macs.get(UNKNOWN, 0) / total
         rest = f"; {hidden:.1%} are in layers that do not say" if hidden else ""
         reasons.append(f"{int8.macs.get('int8', 0) / total:.1%} of {total / 1e9:.3g} GMAC run in INT8{rest}.")
-    stayed = [layer for layer in int8.layers if layer.group == "conv" and layer.precision not in ("int8", "")]
+    convolutions = [layer for layer in int8.layers if layer.group == "conv"]
+    sparse = sum(SPARSE in layer.tactic for layer in convolutions)
+    if sparse:
+        reasons.append(f"{sparse} of {len(convolutions)} convolution(s) run sparse kernels.")
+    stayed = [layer for layer in convolutions if layer.precision not in ("int8", "")]
     if stayed:
         named = [f"{_name(layer)} ({layer.precision.upper()}{_time(layer)})" for layer in stayed]
         reasons.append(f"{len(stayed)} convolution(s) stayed in another precision: {_listed(named)}.")

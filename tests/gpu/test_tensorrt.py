@@ -15,7 +15,7 @@ import time
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.artifacts import EngineManifest
 from pipeline.backends import cuda
@@ -27,6 +27,7 @@ from pipeline.config import EngineConfig, ProfileRange
 from pipeline.drift import drift
 from pipeline.engines import load_engine
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
+from pipeline.graph.sparsity import kept_weights, prunable, with_weights
 from pipeline.stages.engine import build_engine
 from tests.tiny_unet import images, observed_table, reference, save, tiny_unet
 
@@ -127,6 +128,22 @@ def test_engine_agrees_with_onnx_runtime(engine, precision, route):
 def test_int8_engines_hold_int8_layers(engine, route):
     with load_engine(engine("int8", route) / "model.engine") as runner:
         assert "Int8" in runner.layers()
+
+
+@pytest.mark.parametrize("route", ["implicit", "explicit"])
+def test_an_int8_engine_of_sparse_weights_agrees_with_onnx_runtime(tmp_path, route):
+    needs(route)
+    whole = tiny_unet()
+    kernels = {node.input[1] for node in prunable(whole)}
+    arrays = {t.name: numpy_helper.to_array(t) for t in whole.graph.initializer if t.name in kernels}
+    pruned = with_weights(whole, {name: array * kept_weights(np.abs(array)) for name, array in arrays.items()})
+    clean, chosen = save(pruned, tmp_path / "clean.onnx"), settings(route, sparsity=True, optimization_level=3)
+    ranges = observed_table(pruned, images(8))
+    manifest = build_engine(clean, "int8", chosen, ranges, None, None, tmp_path / "out", None)
+    assert f"engine.sparsity: {len(kernels)} of {len(kernels)} convolutions" in " ".join(manifest.notes)
+    with load_engine(tmp_path / "out" / "model.engine") as runner:
+        for feeds in images(3, seed=7):
+            assert error(runner(feeds)["logits"], reference(pruned, feeds)) < TOLERANCE["int8"]
 
 
 def test_an_explicit_engine_agrees_with_its_typed_graph(engine):

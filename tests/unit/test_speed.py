@@ -1,6 +1,7 @@
 """Where the time goes and the verdict, on real layers of TensorRT 8.6.0 (tests/data/layers)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,18 @@ def test_worthwhile():
     assert "image.quantize" in copies
     assert "conv 0.375 ms" in groups
     assert "against" in groups
+
+
+def test_sparse_kernels_are_counted():
+    """Names as TensorRT 8.6.0 gives them on an H200."""
+    tactics = (
+        "sm80_xmma_fprop_avdt_sparse_int8int8_tilesize64x128x32_tapsperload3_threadspercta128_r3s3_u1v1_scalebias_relu",
+        "sm90_xmma_fprop_implicit_gemm_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw_vect_c_32_tilesize64x128x128",
+        "sm80_xmma_fprop_avdt_dense_chw_int8int8_tilesize16x16_k32_fltsteps1_threadspercta256_r3s3_u1v1_scalebias_relu",
+    )
+    layers = [replace(layer(f"c{place}"), tactic=tactic) for place, tactic in enumerate(tactics)]
+    int8 = account("f" * 64, [*layers, layer("p", "pool")], {}, {}, H200, 0.5)
+    assert judge(estimate(1.1, 1.2, 1.3), 1, int8, None).reasons == ("1 of 3 convolution(s) run sparse kernels.",)
 
 
 @pytest.mark.parametrize(
