@@ -104,7 +104,7 @@ P
 keras() { judged keras; }
 wts() { judged wts; }
 
-tries() { # docs/performance.md: those of the fifth run, and of what it lists as not yet tried
+tries() { # of docs/performance.md: the fifth run's of the UNet, and what it lists as not yet tried
   timed() { "$PYTHON" benchmarks/performance.py engines "$folder" -o "$results/performance.json" "${dated[@]}" "$@"; }
   timed --networks unet --tries "int8, shared" "int8, shared, relu" "int8, shared, relu in int8*" \
     "int8, shared, kept in L2" "int8, shared, timed 8 times" "int8, shared, level 2" "*, 16 threads" "fp16" "fp16, relu" \
@@ -117,7 +117,7 @@ tries() { # docs/performance.md: those of the fifth run, and of what it lists as
 pruned() { # camvid, two of four weights zero: against its own FP32, then against the whole network's
   local clean=$folder/whole/camvid/clean/model.onnx images=$CAMVID_ROOT/val/images labels=$CAMVID_ROOT/val/labels
   torch clean -c configs/camvid.yaml --build-dir "$folder/whole"
-  torch prune "$clean" --images "$CAMVID_ROOT/train/images" -o "$folder/pruned.onnx"
+  torch prune "$clean" --images "$CAMVID_ROOT/train/images" -o "$folder/pruned.onnx" --steps 1519
   measured trt run -c configs/camvid.yaml --build-dir "$folder/pruned" --backend "$BACKEND" -p fp16 -p int8 \
     --set "network={onnx: $folder/pruned.onnx}" --set engine.sparsity=true --set calibrate.images=64
   measured trt validate "$clean" --engine "$folder/pruned.onnx" --images "$images" --labels "$labels" -o "$folder/judged/fp32"

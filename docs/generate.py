@@ -222,7 +222,7 @@ def parameter(one: Any) -> tuple[str, str, str, str]:
     if getattr(one, "multiple", False):
         values += ", repeatable"
     value = one.show_default if isinstance(one.show_default, str) else one.default
-    shown = "" if value in (None, False) else "on" if value is True else f"`{value}`"
+    shown = "" if value is None or value is False else "on" if value is True else f"`{value}`"
     return names, values, "**needed**" if one.required else shown, clean_text(one.help)
 
 

@@ -608,8 +608,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: the value is not valid YAML", got=text) from error
-    if key in PATH_KEYS and isinstance(value, str):
-        value = str(Path.cwd() / Path(value).expanduser())
+    value = _seen_from_here(key, value)
     *parents, last = key.split(".")
     target = raw
     for parent in parents:
@@ -618,6 +617,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {key}: {parent} holds no keys", got=f"{parent}: {child!r}")
         target = child
     target[last] = value
+
+
+def _seen_from_here(key: str, value: Any) -> Any:
+    """Paths of an override, at its key or within the mapping that it sets, belong to the working folder."""
+    if isinstance(value, dict):
+        return {name: _seen_from_here(f"{key}.{name}", each) for name, each in value.items()}
+    return str(Path.cwd() / Path(value).expanduser()) if key in PATH_KEYS and isinstance(value, str) else value
 
 
 def _explain(error: ValidationError) -> list[str]:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from pydantic.dataclasses import dataclass
 
-from pipeline.distillation import are_classes, decides_classes, distance, relative_error, repeatable
-from pipeline.errors import CheckFailed, ModelError, UnsupportedError
+from pipeline.distillation import (
+    TINY,
+    are_classes,
+    as_tensor,
+    decides_classes,
+    descend,
+    distance,
+    fastest_device,
+    relative_error,
+    repeatable,
+    require_torch,
+)
+from pipeline.errors import CheckFailed, ModelError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import is_convolution
 from pipeline.graph.scores import scores_of
-from pipeline.graph.sparsity import LEAST_CHANNELS, kept_weights, prunable, with_weights
+from pipeline.graph.shapes import with_weights
+from pipeline.graph.sparsity import LEAST_CHANNELS, kept_weights, prunable
 from pipeline.torch_graph import TorchGraph
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 # Adam's step at first, as a share of the weights' root mean square; it falls to zero along a cosine.
 RATE = 5e-3
@@ -32,7 +41,6 @@ RATE = 5e-3
 FADING = 0.3
 # Of the loss: tensors that convolutions read, beside the scores.
 INNER = 0.3
-LOGGED_EVERY = 100
 
 Batch = NDArray[np.float32]
 Weights = dict[str, NDArray[np.float32]]
@@ -67,21 +75,26 @@ def check_prunable(model: ModelProto) -> list[NodeProto]:
     """The convolutions that would be pruned.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or one whose weights are not float32.
         UnsupportedError: torch is not installed, or a node has no gradients here.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UnsupportedError(
-            "pruning needs torch, which computes its gradients, and torch is not installed", fix="pip install torch"
-        ) from error
+    require_torch("pruning", "or prune with an interpreter that has it")
+    import torch
+
     nodes = prunable(model)
     if not nodes:
         raise ModelError(
             "the graph has no convolution whose weights can be pruned two in four",
             expected=f"Conv with constant weights and a multiple of {LEAST_CHANNELS} input channels",
             fix="leave pruning out: TensorRT has no sparse kernels for this network",
+        )
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    other = [node for node in nodes if kinds[node.input[1]] != TensorProto.FLOAT]
+    if other:
+        raise ModelError(
+            f"the weights of {other[0].name or other[0].output[0]} are not float32",
+            expected="a float32 graph",
+            fix="prune the clean graph, and build FP16 and INT8 from what comes of it",
         )
     TorchGraph(model, scores_of(model), torch.device("cpu"))
     return nodes
@@ -103,6 +116,7 @@ def prune(
 
     Raises:
         CheckFailed: the loss is no number.
+        UnsupportedError: out of GPU memory.
         ModelError, UnsupportedError: as ``check_prunable``.
     """
     nodes = check_prunable(model)
@@ -112,28 +126,23 @@ def prune(
     learner = _Learner(model, nodes, judges)
     with repeatable(tf32=True):
         loss_pruned, agreement_pruned = learner.judge(judges)
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [one], "lr": RATE * max(float(one.detach().square().mean().sqrt()), 1e-6)}
-                for one in learner.all
-            ]
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-        for step, batch in enumerate(batches, 1):
+        if not math.isfinite(loss_pruned):
+            raise CheckFailed(
+                f"the distance of the pruned network from the whole one is {loss_pruned} before it learns",
+                expected="scores that are finite, of both",
+                fix="look at the outputs with `unet-trt validate`",
+            )
+        groups = [{"params": [one], "lr": RATE * max(_size(one), TINY)} for one in learner.learned.values()]
+
+        def loss_of(batch: Batch, step: int) -> Tensor:
             learner.fade = max(0.0, 1 - step / (FADING * steps))
-            loss = learner.loss(batch)
-            if not torch.isfinite(loss):
-                raise CheckFailed(
-                    f"pruning's loss is {loss.item()} in step {step}", expected="a number", fix="report the model"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            if step % LOGGED_EVERY == 0 or step == steps:
-                log.info("pruning, step %d of %d: loss %.3g", step, steps, loss.item())
+            return learner.loss(batch)
+
+        descend(groups, batches, steps, loss_of, "pruning", _broken)
         learner.fade = 0.0
         loss_after, agreement_after = learner.judge(judges)
+        if not math.isfinite(loss_after):
+            raise _broken(f"pruning ends at a loss of {loss_after}")
     return with_weights(model, learner.weights()), Pruning(
         convolutions=learner.names,
         weights=learner.counted,
@@ -148,13 +157,22 @@ def prune(
     )
 
 
+def _broken(said: str) -> CheckFailed:
+    return CheckFailed(said, expected="a number", fix="report the model")
+
+
+def _size(tensor: Tensor) -> float:
+    """Root mean square."""
+    return float(tensor.detach().square().mean().sqrt())
+
+
 class _Learner:
     """The weights that learn, and the graph that they are weights of."""
 
     def __init__(self, model: ModelProto, nodes: Sequence[NodeProto], judges: Sequence[Batch]) -> None:
         import torch
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = fastest_device()
         self.masks = decides_classes(model)
         self.input, self.scores = model_inputs(model)[0].name, scores_of(model)
         convolutions = [node for node in model.graph.node if is_convolution(node)]
@@ -164,11 +182,10 @@ class _Learner:
         arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         learned = dict.fromkeys(name for n in convolutions for name in n.input[1:] if name in arrays)
         self.learned = {name: torch.tensor(arrays[name], device=self.device, requires_grad=True) for name in learned}
-        self.all = list(self.learned.values())
         self.fade = 0.0
         # A weight that several convolutions share is pruned by what the first of them reads.
         places = {node.input[1]: node.input[0] for node in reversed(nodes)}
-        sizes = self._sizes(list(dict.fromkeys(places.values())), judges)
+        sizes = self._sizes(set(places.values()), judges)
         self.kept = {
             weight: torch.from_numpy(kept_weights(np.abs(arrays[weight]) * sizes[tensor][:, None, None])).to(
                 self.device
@@ -217,20 +234,18 @@ class _Learner:
         return {**self.learned, **faded}
 
     def _feeds(self, batch: Batch) -> dict[str, Tensor]:
-        import torch
+        return {self.input: as_tensor(batch, self.device)}
 
-        return {self.input: torch.from_numpy(np.asarray(batch, np.float32)).to(self.device)}
-
-    def _sizes(self, tensors: Sequence[str], batches: Sequence[Batch]) -> Weights:
+    def _sizes(self, tensors: Collection[str], batches: Sequence[Batch]) -> Weights:
         """Root mean square of each channel of tensors (N, C, H, W), over all batches."""
         import torch
 
         sums: Weights = {}
-        places = [self.graph.wanted.index(tensor) for tensor in tensors]
         with torch.no_grad():
             for batch in batches:
-                values = self.graph(self._feeds(batch))
-                for tensor, place in zip(tensors, places, strict=True):
-                    mean = values[place].square().mean((0, 2, 3)).cpu().numpy()
+                feeds = self._feeds(batch)
+                values = {**dict(zip(self.graph.wanted, self.graph(feeds), strict=True)), **feeds}
+                for tensor in tensors:
+                    mean = values[tensor].square().mean((0, 2, 3)).cpu().numpy()
                     sums[tensor] = sums.get(tensor, 0) + mean
         return {tensor: np.sqrt(total / len(batches)) for tensor, total in sums.items()}

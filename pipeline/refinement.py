@@ -16,8 +16,16 @@ from onnx import ModelProto, numpy_helper
 from pipeline.calibration.report import Refinement
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig
-from pipeline.distillation import decides_classes, distance, repeatable
-from pipeline.errors import CalibrationError, UnsupportedError
+from pipeline.distillation import (
+    as_tensor,
+    decides_classes,
+    descend,
+    distance,
+    fastest_device,
+    repeatable,
+    require_torch,
+)
+from pipeline.errors import CalibrationError
 from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
 from pipeline.graph.quantize import BIAS, quantized_as, with_biases
@@ -32,7 +40,6 @@ log = logging.getLogger(__name__)
 # Adam's steps at first; they fall to zero along a cosine. Of a range: its logarithm. Of a bias: as a share of the range
 # of what its convolution gives. Tried on CamVid (docs/calibration.md).
 RANGE_RATE, BIAS_RATE = 1e-2, 1e-4
-LOGGED_EVERY = 50
 
 Batch = NDArray[np.float32]
 
@@ -46,17 +53,13 @@ def check_refinable(model: ModelProto, batch: Batch | None) -> None:
     Raises:
         UnsupportedError: torch is not installed, or a node has no gradients here.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UnsupportedError(
-            "refinement needs torch, which computes its gradients, and torch is not installed",
-            fix="pip install torch, calibrate with an interpreter that has it, or set calibrate.refine_steps to 0",
-        ) from error
+    require_torch("refinement", "calibrate with an interpreter that has it, or set calibrate.refine_steps to 0")
+    import torch
+
     graph = TorchGraph(model, scores_of(model), torch.device("cpu"))
     if batch is not None:
         with torch.no_grad():
-            graph({model_inputs(model)[0].name: torch.from_numpy(np.asarray(batch, np.float32))})
+            graph({model_inputs(model)[0].name: as_tensor(batch, graph.device)})
 
 
 def refine(
@@ -71,9 +74,10 @@ def refine(
 
     Weights stay as they are; of every quantized convolution the bias is learned, of every group of tensors that share a
     range that range, by its logarithm: a few thousand numbers, which a few dozen images determine. Loss: for scores (N,
-    classes, H, W) the Kullback–Leibler divergence of their softmax from FP32's, in nats a pixel; for other outputs the
-    squared error over FP32's variance. Gradients pass rounding straight through (see ``TorchGraph``). Fine-tuning of
-    biases and step sizes after calibration: Hubara et al. 2020, arXiv:2006.10518; Esser et al. 2020, arXiv:1902.08153.
+    classes, H, W) the Kullback–Leibler divergence of their softmax from FP32's, in nats a pixel; for other outputs, and
+    for all where the card's task is tensors, the squared error over FP32's variance. Gradients pass rounding straight
+    through (see ``TorchGraph``). Fine-tuning of biases and step sizes after calibration: Hubara et al. 2020,
+    arXiv:2006.10518; Esser et al. 2020, arXiv:1902.08153.
 
     Args:
         model: a clean float32 graph with one input.
@@ -89,33 +93,15 @@ def refine(
         CalibrationError: the loss is no number.
         UnsupportedError: as ``check_refinable``.
     """
-    import torch
-
     started = time.perf_counter()
     learner = _Learner(model, table, engine)
     with repeatable():
         before = learner.judge(judges)
-        optimizer = torch.optim.Adam(
-            [
-                {"params": list(learner.logarithms.values()), "lr": RANGE_RATE},
-                {"params": list(learner.shifts.values()), "lr": BIAS_RATE},
-            ]
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-        for step, batch in enumerate(batches, 1):
-            loss = learner.loss(batch)
-            if not torch.isfinite(loss):
-                raise CalibrationError(
-                    f"refinement's loss is {loss.item()} in step {step}",
-                    expected="a number",
-                    fix="set calibrate.refine_steps to 0, and report the model",
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            if step % LOGGED_EVERY == 0 or step == steps:
-                log.info("refinement, step %d of %d: loss %.3g", step, steps, loss.item())
+        groups = [
+            {"params": list(learner.logarithms.values()), "lr": RANGE_RATE},
+            {"params": list(learner.shifts.values()), "lr": BIAS_RATE},
+        ]
+        descend(groups, batches, steps, lambda batch, _: learner.loss(batch), "refinement", _broken)
         after = learner.judge(judges)
     kept = after < before
     result = Refinement(
@@ -130,6 +116,11 @@ def refine(
     return (learner.table() if kept else table), result
 
 
+def _broken(said: str) -> CalibrationError:
+    fix = "set calibrate.refine_steps to 0, and report the model"
+    return CalibrationError(said, expected="a number", fix=fix)
+
+
 class _Learner:
     """What is learned, and the two graphs that it is learned from."""
 
@@ -137,7 +128,7 @@ class _Learner:
         import torch
 
         self.first, self.masks = table, decides_classes(model)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = fastest_device()
         self.device, self.input = device, model_inputs(model)[0].name
         scores = scores_of(model)
         arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -166,7 +157,7 @@ class _Learner:
         """Of one batch, with what is learned so far."""
         import torch
 
-        feeds = {self.input: torch.from_numpy(np.asarray(batch, np.float32)).to(self.device)}
+        feeds = {self.input: as_tensor(batch, self.device)}
         with torch.no_grad():
             wanted = self.exact(feeds)
         found = self.rounded(feeds, self._learned())

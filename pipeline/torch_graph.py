@@ -118,7 +118,7 @@ def _unsupported(node: NodeProto, what: str) -> UnsupportedError:
     return UnsupportedError(
         f"refinement and pruning have no gradients for {what}: {node.name or node.output[0]}",
         expected="a clean graph of convolutions, activations, pools, resizes, pads, concatenations and sums",
-        fix="leave it out (calibrate.refine_steps: 0); a graph with fixed sizes has fewer kinds of nodes",
+        fix="leave out what needs them (calibrate.refine_steps: 0); a graph with fixed sizes has fewer kinds of nodes",
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from pipeline.graph.placement import CHANNEL_AXES, STANDARD, groups, is_convolution
-from pipeline.graph.shapes import infer
+from pipeline.graph.shapes import infer, with_weights
 
 ACTIVATIONS = ("LeakyRelu", "PRelu", "Relu")
 # Operators that give a positive multiple of their output for the same multiple of their input, channel by channel.
@@ -79,12 +79,7 @@ def equalized(
             axis, weight = 1 - CHANNEL_AXES[reader.op_type], weights[reader.input[1]]
             part = (slice(None),) * axis + (slice(first, first + len(factor)),)
             weight[part] *= _along(factor, axis, weight.ndim)
-    result = ModelProto()
-    result.CopyFrom(model)
-    for tensor in result.graph.initializer:
-        if tensor.name in weights:
-            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
-    return result, factors
+    return with_weights(model, weights), factors
 
 
 def _along(factor: NDArray[np.float32], axis: int, rank: int) -> NDArray[np.float32]:

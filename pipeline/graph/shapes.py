@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, ValueInfoProto
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, ValueInfoProto, numpy_helper
 
 from pipeline.errors import ModelError
 from pipeline.graph.io import with_initializers
@@ -156,3 +158,13 @@ def _without_large_initializers(model: ModelProto) -> ModelProto:
         if tensor.name not in known
     )
     return light
+
+
+def with_weights(model: ModelProto, weights: Mapping[str, NDArray[np.float32]]) -> ModelProto:
+    """The graph with other values in the initializers that are named, of the same shapes."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    for tensor in result.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+    return result

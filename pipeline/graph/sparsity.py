@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from pipeline.graph.placement import groups, quantizable
-from pipeline.graph.scores import scores_of
+from pipeline.graph.placement import groups, is_convolution, quantizable
 
 # Of four input channels in a row, of every output channel and every place of the kernel (Mishra et al. 2021,
 # arXiv:2104.08378).
@@ -22,18 +19,21 @@ def prunable(model: ModelProto) -> list[NodeProto]:
     """Convolutions that sparse kernels can run: Conv of one group, with constant weights and a multiple of 32 input
     channels.
 
-    Not: those that give the scores, which wait for memory rather than arithmetic and decide every pixel.
+    Not: the last ones, between which and an output of the graph stands no other; they wait for memory rather than
+    arithmetic and decide every pixel. Nor those that share their weights with what is left out.
     """
     arrays = {tensor.name: tensor for tensor in model.graph.initializer}
-    scores = set(scores_of(model))
-    return [
-        node
+    last = _last_convolutions(model)
+    found = {
+        node.output[0]: node
         for node in quantizable(model, ())
         if node.op_type == "Conv"
         and groups(node) == 1
         and arrays[node.input[1]].dims[1] % LEAST_CHANNELS == 0
-        and scores.isdisjoint(node.output)
-    ]
+        and last.isdisjoint(node.output)
+    }
+    others = {tensor for node in model.graph.node if node.output[0] not in found for tensor in node.input}
+    return [node for node in found.values() if node.input[1] not in others]
 
 
 def kept_weights(importance: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -57,11 +57,13 @@ def sparse_convolutions(model: ModelProto) -> tuple[int, int]:
     return sum(found), len(found)
 
 
-def with_weights(model: ModelProto, weights: Mapping[str, NDArray[np.float32]]) -> ModelProto:
-    """The graph with other values in the initializers that are named, of the same shapes."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    for tensor in result.graph.initializer:
-        if tensor.name in weights:
-            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
-    return result
+def _last_convolutions(model: ModelProto) -> set[str]:
+    """What they give, by name."""
+    wanted, last = {value.name for value in model.graph.output}, set()
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            if is_convolution(node):
+                last.update(node.output)
+            else:
+                wanted.update(node.input)
+    return last

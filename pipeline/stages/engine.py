@@ -406,6 +406,11 @@ def _with_sparsity(model: onnx.ModelProto, built: Precision, config: EngineConfi
         return config.model_copy(update={"sparsity": False})
     sparse, able = sparse_convolutions(model)
     notes.append(f"engine.sparsity: {sparse} of {able} convolutions have weights of which two in four are zero")
-    if not sparse:
+    if not able:
+        log.warning("engine.sparsity finds no convolution of 32 or more input channels, for which sparse kernels are")
+    elif not sparse:
         log.warning("%s, so it changes nothing; `unet-trt prune` makes such weights", notes[-1])
+    elif len(quantizable(model, config.exclude)) < len(quantizable(model, ())):
+        notes.append("convolutions that stay FP16 may get sparse kernels too: see that validation passes")
+        log.warning("engine.sparsity: %s (docs/pruning.md)", notes[-1])
     return config

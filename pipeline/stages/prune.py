@@ -16,9 +16,9 @@ from pydantic.dataclasses import dataclass
 from pipeline.artifacts import TensorSpec, to_json, write_atomically
 from pipeline.backends.base import feed_image
 from pipeline.config import PreprocessingConfig
-from pipeline.data.dataset import Dataset, split_places
+from pipeline.data.dataset import HELD_OUT_STEP, Dataset, split_places
 from pipeline.data.inputs import THREADS, on_threads
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.graph.io import image_input, load_model, save_model, sha256_model, staged
 from pipeline.progress import track
 from pipeline.pruning import Pruning, check_prunable
@@ -64,27 +64,33 @@ def prune(
 ) -> PruningReport:
     """Prune the weights of a clean graph two in four, let the others learn, write the new graph and its report.
 
-    Every fourth image, at most 16, judges and teaches nothing. Half of the others, chosen anew in every step, are
-    mirrored: no label has to follow.
+    Every fourth image, at most 16, judges; these also say how large channels are, and teach nothing. Half of the rest,
+    chosen anew in every step, are mirrored: no label has to follow.
 
     Args:
         clean: float32 graph of one image input; its card goes into the new one.
-        target, report: written last, each whole or not at all.
+        target, report: written last, the graph first, each whole or not at all.
         steps: of gradient descent.
         batch: images of a step, at the network's size.
 
     Raises:
-        ConfigError: no step, or no image in one.
-        CalibrationError: fewer images than four.
-        ModelError: no convolution can be pruned, or not exactly one input.
-        DataError: an image that cannot be decoded, or does not fit.
-        UnsupportedError: torch is not installed, or a node has no gradients here.
+        ConfigError: no step, no image in one, or a negative seed.
+        ModelError: no convolution can be pruned, weights are not float32, or not exactly one input.
+        DataError: fewer than four images, or one that cannot be decoded, or does not fit, or not beside the others of a
+            step.
+        UnsupportedError: torch is not installed, a node has no gradients here, or out of GPU memory.
         CheckFailed: the loss is no number.
         BuildFolderError: the target cannot be written; known before the work.
     """
-    for name, value in (("steps", steps), ("batch", batch)):
-        if value < 1:
-            raise ConfigError(f"pruning takes at least one of {name}", expected="1 or more", got=str(value))
+    for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ConfigError(f"pruning takes no such {name}", expected=f"{least} or more", got=str(value))
+    if len(samples) < HELD_OUT_STEP:
+        raise DataError(
+            f"{len(samples)} images are too few for pruning",
+            expected=f"at least {HELD_OUT_STEP}, of which every fourth judges what the others taught",
+            fix="give --images a folder of more",
+        )
     model = load_model(clean)
     source = image_input(model, clean)
     check_prunable(model)
@@ -94,8 +100,9 @@ def prune(
         batches = _batches(samples, learning, source, preprocessing, steps, batch, seed)
         result, outcome = pruned(model, track(batches, "pruning", steps), judges, steps)
         save_model(result, file)
-        written = PruningReport(sha256_model(clean), sha256_model(file), tuple(samples.names), batch, seed, outcome)
-        write_atomically(report, to_json(written))
+        made = sha256_model(file)
+    written = PruningReport(sha256_model(clean), made, tuple(samples.names), batch, seed, outcome)
+    write_atomically(report, to_json(written))
     log.info("%d convolutions pruned, %d steps in %.0f s", len(outcome.convolutions), steps, outcome.seconds)
     return written
 
@@ -131,4 +138,12 @@ def _batches(
     )
     images = on_threads(calls, THREADS, AHEAD, AHEAD)
     while group := list(itertools.islice(images, batch)):
+        sizes = {array.shape[1:] for array in group}
+        if len(sizes) > 1:
+            raise DataError(
+                "the images of a step have different sizes",
+                expected="one size",
+                got=", ".join(map(str, sorted(sizes))),
+                fix="use --batch 1, or export with preprocessing.resize: stretch or letterbox",
+            )
         yield np.concatenate(group)

@@ -27,7 +27,8 @@ from pipeline.config import EngineConfig, ProfileRange
 from pipeline.drift import drift
 from pipeline.engines import load_engine
 from pipeline.errors import CalibrationError, ConfigError, EngineError, UnsupportedError
-from pipeline.graph.sparsity import kept_weights, prunable, with_weights
+from pipeline.graph.shapes import with_weights
+from pipeline.graph.sparsity import kept_weights, prunable
 from pipeline.stages.engine import build_engine
 from tests.tiny_unet import images, observed_table, reference, save, tiny_unet
 

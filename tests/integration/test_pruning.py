@@ -19,13 +19,16 @@ from pipeline.artifacts import from_json
 from pipeline.backends.onnxruntime import OnnxRuntimeRunner
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import EngineConfig, load_config
-from pipeline.data.dataset import Dataset, image_folder
+from pipeline.data.dataset import Dataset, Sample, image_folder
 from pipeline.data.preprocessing import preprocess
 from pipeline.data.synthetic import draw_cells
-from pipeline.errors import BuildFolderError, ModelError, UnsupportedError
+from pipeline.errors import BuildFolderError, CheckFailed, DataError, ModelError, UnsupportedError
+from pipeline.graph.half import to_half
 from pipeline.graph.io import load_model, read_card, save_model, sha256_model, write_card
 from pipeline.graph.placement import activation_tensors
+from pipeline.graph.shapes import with_weights
 from pipeline.graph.sparsity import is_sparse, prunable
+from pipeline.pruning import prune as prune_graph
 from pipeline.run import Run
 from pipeline.stages.engine import build_engine
 from pipeline.stages.prune import PruningReport, prune
@@ -40,6 +43,7 @@ Command = Callable[..., Result]
 STEPS, BATCH, IMAGES, SIZE = 80, 2, 24, 96
 ROOT = Path(__file__).parents[2]
 SPEC = load_config(ROOT / "configs" / "cells.yaml").preprocessing.model_copy(update={"height": SIZE, "width": SIZE})
+SPEC_OF_ANY = SPEC.model_copy(update={"height": None, "width": None, "resize": "none"})
 GRAPHS = EngineConfig(backend="onnxruntime", sparsity=True)
 
 
@@ -182,10 +186,11 @@ def test_the_command(clean: Path, images: Path, tmp_path: Path, unet_trt: Comman
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--steps", 0), "pruning takes at least one of steps"),
-        (("--batch", 0), "pruning takes at least one of batch"),
+        (("--steps", 0), "pruning takes no such steps"),
+        (("--batch", 0), "pruning takes no such batch"),
+        (("--seed", -1), "pruning takes no such seed"),
     ],
-    ids=["steps", "batch"],
+    ids=["steps", "batch", "seed"],
 )
 def test_impossible_options(
     clean: Path, images: Path, tmp_path: Path, unet_trt: Command, options: tuple[str, int], said: str
@@ -200,7 +205,9 @@ def test_too_few_images(clean: Path, tmp_path: Path, unet_trt: Command) -> None:
     few.mkdir()
     for seed in range(3):
         Image.fromarray(draw_cells(seed, SIZE)[0]).save(few / f"{seed}.png")
-    fails(unet_trt("prune", clean, "--images", few, "-o", tmp_path / "sparse.onnx"), 2, "too few for pruning")
+    fails(
+        unet_trt("prune", clean, "--images", few, "-o", tmp_path / "sparse.onnx"), 2, "3 images are too few for pruning"
+    )
     assert leftovers(tmp_path) == []
     assert not list(tmp_path.glob("*.onnx*"))
 
@@ -209,6 +216,42 @@ def test_the_graph_itself_is_not_overwritten(clean: Path, images: Path, unet_trt
     before = clean.read_bytes()
     fails(unet_trt("prune", clean, "--images", images, "-o", clean), 2, "would overwrite what it is made from")
     assert clean.read_bytes() == before
+
+
+def test_images_of_different_sizes_with_free_sizes(tmp_path: Path) -> None:
+    save_model(chain(1, 32, 32, 2), tmp_path / "free.onnx")
+
+    def load(name: str) -> Sample:
+        return Sample(name, draw_cells(int(name), 32 if int(name) % 2 else 48)[0][..., np.newaxis], None)
+
+    mixed = Dataset(tuple(str(place) for place in range(8)), load)
+    with pytest.raises(DataError, match="the images of a step have different sizes") as caught:
+        prune(tmp_path / "free.onnx", mixed, SPEC_OF_ANY, tmp_path / "o.onnx", tmp_path / "o.json", steps=9, batch=4)
+    assert "--batch 1" in caught.value.fix
+    assert [path.name for path in tmp_path.iterdir()] == ["free.onnx"]
+
+
+def test_a_convolution_of_the_image_itself(tmp_path: Path) -> None:
+    model = chain(32, 32, 2)
+    rng = np.random.default_rng(0)
+    judge, *batches = (rng.standard_normal((2, 32, 8, 8)).astype(np.float32) for _ in range(3))
+    changed, result = prune_graph(model, batches, [judge], 2)
+    assert result.convolutions == ("c0",)
+    assert is_sparse(weights(changed)["w0"])
+
+
+def test_weights_in_fp16(clean: Path, dataset: Dataset, tmp_path: Path) -> None:
+    save_model(to_half(load_model(clean)), tmp_path / "half.onnx")
+    with pytest.raises(ModelError, match="are not float32"):
+        pruned_to(tmp_path / "half.onnx", dataset, tmp_path / "out.onnx", 1)
+
+
+def test_a_network_that_gives_nan_is_told_before_it_learns() -> None:
+    model = chain(3, 32, 32, 2)
+    broken = with_weights(model, {"w0": np.full_like(weights(model)["w0"], np.nan)})
+    batches = [np.ones((1, 3, 16, 16), np.float32)]
+    with pytest.raises(CheckFailed, match="nan before it learns"):
+        prune_graph(broken, batches, batches, 1)
 
 
 def test_a_target_that_cannot_be_written_is_told_before_the_work(clean: Path, dataset: Dataset, tmp_path: Path) -> None:

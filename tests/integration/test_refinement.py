@@ -22,7 +22,7 @@ from pipeline.data.dataset import Dataset, Sample
 from pipeline.data.preprocessing import preprocess
 from pipeline.data.synthetic import draw_cells
 from pipeline.errors import CalibrationError, ConfigError, UnsupportedError
-from pipeline.graph.io import load_model
+from pipeline.graph.io import load_model, read_card, write_card
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
 from pipeline.graph.quantize import quantize
 from pipeline.refinement import refine
@@ -103,6 +103,17 @@ def test_int8_comes_nearer_to_fp32_on_images_that_taught_nothing(
     typed = quantize(model, plain, half=False, qdq="shared")
     found = divergence(scores(typed, held_out), scores(model, held_out))
     assert report.refinement.loss_before == pytest.approx(found, rel=0.02)
+
+
+def test_without_masks_every_output_counts_by_its_values(clean: Path, plain: CalibrationTable) -> None:
+    model = load_model(clean)
+    card = read_card(model)
+    assert card is not None
+    write_card(model, replace(card, task="tensors"))
+    judge = preprocess(picture("image_003").image, SPEC)[np.newaxis]
+    _, result = refine(model, plain, [judge], [judge], 1, EngineConfig())
+    found, wanted = scores(quantize(model, plain, half=False, qdq="shared"), [judge]), scores(model, [judge])
+    assert result.loss_before == pytest.approx(((found - wanted) ** 2).mean() / wanted.var(), rel=0.02)
 
 
 def test_finer_steps_of_the_image_come_nearer_too(clean: Path, plain: CalibrationTable) -> None:

@@ -94,6 +94,8 @@ def test_set_overrides_and_paths_are_relative_to_where_they_stand(
     assert changed.network.weights == tmp_path / "elsewhere" / "mine.pth"
     assert changed.calibrate.algorithm == "minmax"
     assert changed.validate_.images == 3
+    whole = load_config(path, ["network={onnx: pruned.onnx}"])
+    assert (whole.network.onnx, whole.network.factory) == (tmp_path / "elsewhere" / "pruned.onnx", None)
 
 
 @pytest.mark.parametrize("override", ["novalue", "=3", "export=3x: [", "name.part=3"])

@@ -287,6 +287,23 @@ def test_sparse_kernels_are_for_int8(use, clean, table, tmp_path, caplog, precis
     assert ("it changes nothing; `unet-trt prune` makes such weights" in caplog.text) is sparse
 
 
+def test_sparse_kernels_where_some_convolutions_stay_fp16(use, clean, table, tmp_path, monkeypatch, caplog):
+    use("implicit")
+    monkeypatch.setattr(engine, "sparse_convolutions", lambda _: (2, 2))
+    run(clean, "int8", table, tmp_path / "whole", sparsity=True)
+    assert "see that validation passes" not in caplog.text
+    run(clean, "int8", table, tmp_path / "partly", sparsity=True, exclude=["down0"])
+    assert "convolutions that stay FP16 may get sparse kernels too" in caplog.text
+
+
+def test_sparse_kernels_for_a_network_of_few_channels(use, clean, table, tmp_path, monkeypatch, caplog):
+    use("implicit")
+    monkeypatch.setattr(engine, "sparse_convolutions", lambda _: (0, 0))
+    run(clean, "int8", table, tmp_path / "out", sparsity=True)
+    assert "finds no convolution of 32 or more input channels" in caplog.text
+    assert "unet-trt prune" not in caplog.text
+
+
 class TestFile:
     """``unet-trt engine CLEAN.onnx -o model.engine``."""
 

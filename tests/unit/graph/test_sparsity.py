@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from pipeline.graph.sparsity import is_sparse, kept_weights, prunable, sparse_convolutions, with_weights
+from pipeline.graph.shapes import with_weights
+from pipeline.graph.sparsity import is_sparse, kept_weights, prunable, sparse_convolutions
 
 
 def chain(*channels: int, group: int = 1) -> ModelProto:
@@ -58,11 +60,23 @@ def test_convolutions_with_few_inputs_and_those_of_the_output_are_left_out() -> 
     assert prunable(chain(32, 64, 64, group=2)) == []
 
 
-def test_what_gives_the_scores_stays_whole_behind_a_decision_too() -> None:
+@pytest.mark.parametrize("ops", [("Softmax",), ("Sigmoid",), ("Relu", "Transpose")], ids=" ".join)
+def test_the_last_convolution_stays_whole_behind_others_too(ops: Sequence[str]) -> None:
     model = chain(3, 32, 64, 32)
     model.graph.node[-1].output[0] = "scores"
-    model.graph.node.append(helper.make_node("Softmax", ["scores"], ["t3"], "softmax", axis=1))
+    tensors = ["scores", *(f"{op}.out" for op in ops[:-1]), "t3"]
+    for op, given, made in zip(ops, tensors, tensors[1:], strict=False):
+        model.graph.node.append(helper.make_node(op, [given], [made], op))
     assert [node.name for node in prunable(model)] == ["c1"]
+
+
+def test_weights_shared_with_a_convolution_that_stays_whole_stay_too() -> None:
+    model = chain(3, 32, 32, 32, 32)
+    assert [node.name for node in prunable(model)] == ["c1", "c2"]
+    model.graph.node[-1].input[1] = "w1"
+    assert [node.name for node in prunable(model)] == ["c2"]
+    model.graph.node[1].input[1] = model.graph.node[2].input[1]
+    assert [node.name for node in prunable(model)] == ["c1", "c2"]
 
 
 def test_sparse_convolutions_are_counted() -> None:
