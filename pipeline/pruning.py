@@ -13,7 +13,6 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from pydantic.dataclasses import dataclass
 
 from pipeline.distillation import (
-    TINY,
     are_classes,
     as_tensor,
     decides_classes,
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 
 # Adam's step at first, as a share of the weights' root mean square; it falls to zero along a cosine.
 RATE = 5e-3
+# What biases that are all zero count as.
+LEAST_SIZE = 1e-3
 # Of the steps, those in which pruned weights fade to zero.
 FADING = 0.3
 # Of the loss: tensors that convolutions read, beside the scores.
@@ -132,7 +133,7 @@ def prune(
                 expected="scores that are finite, of both",
                 fix="look at the outputs with `unet-trt validate`",
             )
-        groups = [{"params": [one], "lr": RATE * max(_size(one), TINY)} for one in learner.learned.values()]
+        groups = [{"params": [one], "lr": RATE * max(_size(one), LEAST_SIZE)} for one in learner.learned.values()]
 
         def loss_of(batch: Batch, step: int) -> Tensor:
             learner.fade = max(0.0, 1 - step / (FADING * steps))
