@@ -72,37 +72,8 @@ class Pruning:
     seconds: float
 
 
-def check_prunable(model: ModelProto) -> list[NodeProto]:
-    """The convolutions that would be pruned.
-
-    Raises:
-        ModelError: there is none, or one whose weights are not float32.
-        UnsupportedError: torch is not installed, or a node has no gradients here.
-    """
-    require_torch("pruning", "or prune with an interpreter that has it")
-    import torch
-
-    nodes = prunable(model)
-    if not nodes:
-        raise ModelError(
-            "the graph has no convolution whose weights can be pruned two in four",
-            expected=f"Conv with constant weights and a multiple of {LEAST_CHANNELS} input channels",
-            fix="leave pruning out: TensorRT has no sparse kernels for this network",
-        )
-    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    other = [node for node in nodes if kinds[node.input[1]] != TensorProto.FLOAT]
-    if other:
-        raise ModelError(
-            f"the weights of {other[0].name or other[0].output[0]} are not float32",
-            expected="a float32 graph",
-            fix="prune the clean graph, and build FP16 and INT8 from what comes of it",
-        )
-    TorchGraph(model, scores_of(model), torch.device("cpu"))
-    return nodes
-
-
 def prune(
-    model: ModelProto, batches: Iterable[Batch], judges: Sequence[Batch], steps: int
+    model: ModelProto, batches: Iterable[Batch], judges: Iterable[Batch], steps: int
 ) -> tuple[ModelProto, Pruning]:
     """The graph with two of every four weights zero in each convolution that ``prunable`` names.
 
@@ -113,17 +84,17 @@ def prune(
     Args:
         model: a clean float32 graph with one input.
         batches: one for each step, as the graph takes them.
-        judges: batches of other images.
+        judges: batches of other images; nothing is read before the graph is found fit.
 
     Raises:
         CheckFailed: the loss is no number.
-        UnsupportedError: out of GPU memory.
-        ModelError, UnsupportedError: as ``check_prunable``.
+        ModelError: no convolution can be pruned, or one's weights are not float32.
+        UnsupportedError: torch is not installed, a node has no gradients here, or out of GPU memory.
     """
-    nodes = check_prunable(model)
+    nodes = _checked(model)
     import torch
 
-    started = time.perf_counter()
+    started, judges = time.perf_counter(), list(judges)
     learner = _Learner(model, nodes, judges)
     with repeatable(tf32=True):
         loss_pruned, agreement_pruned = learner.judge(judges)
@@ -156,6 +127,27 @@ def prune(
         device=torch.cuda.get_device_name() if learner.device.type == "cuda" else "CPU",
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def _checked(model: ModelProto) -> list[NodeProto]:
+    """The convolutions that are pruned."""
+    require_torch("pruning", "or prune with an interpreter that has it")
+    nodes = prunable(model)
+    if not nodes:
+        raise ModelError(
+            "the graph has no convolution whose weights can be pruned two in four",
+            expected=f"Conv with constant weights and a multiple of {LEAST_CHANNELS} input channels",
+            fix="leave pruning out: TensorRT has no sparse kernels for this network",
+        )
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    other = [node for node in nodes if kinds[node.input[1]] != TensorProto.FLOAT]
+    if other:
+        raise ModelError(
+            f"the weights of {other[0].name or other[0].output[0]} are not float32",
+            expected="a float32 graph",
+            fix="prune the clean graph, and build FP16 and INT8 from what comes of it",
+        )
+    return nodes
 
 
 def _broken(said: str) -> CheckFailed:

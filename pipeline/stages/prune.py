@@ -21,7 +21,7 @@ from pipeline.data.inputs import THREADS, on_threads
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.io import image_input, load_model, save_model, sha256_model, staged
 from pipeline.progress import track
-from pipeline.pruning import Pruning, check_prunable
+from pipeline.pruning import Pruning
 from pipeline.pruning import prune as pruned
 
 log = logging.getLogger(__name__)
@@ -93,10 +93,9 @@ def prune(
         )
     model = load_model(clean)
     source = image_input(model, clean)
-    check_prunable(model)
     learning, judging = split_places(len(samples), "pruning", "leave it out")
     with staged(target) as file:  # from the start: a target that cannot be written is told before the work
-        judges = [_prepared(samples, place, source, preprocessing) for place in judging]
+        judges = (_prepared(samples, place, source, preprocessing) for place in judging)
         batches = _batches(samples, learning, source, preprocessing, steps, batch, seed)
         result, outcome = pruned(model, track(batches, "pruning", steps), judges, steps)
         save_model(result, file)
