@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from pipeline.graph.shapes import dims, infer, set_value_info
+from pipeline.graph.sparsity import GROUP, kept_weights
 
 Change = Callable[[NodeProto], "Sequence[NodeProto] | None"]
 Edit = Callable[[ModelProto], "ModelProto | None"]
@@ -421,11 +422,9 @@ def half_of_weights(model: ModelProto) -> ModelProto | None:
 
     def change(node: NodeProto) -> Sequence[NodeProto] | None:
         weight = editor.array(node.input[1]) if node.op_type == "Conv" else np.zeros((1, 1))
-        if weight.shape[1] % 4:
+        if weight.shape[1] % GROUP:
             return None
-        fours = weight.reshape(weight.shape[0], -1, 4, *weight.shape[2:]).copy()
-        np.put_along_axis(fours, np.argsort(np.abs(fours), axis=2)[:, :, :2], 0, axis=2)
-        node.input[1] = editor.constant(fours.reshape(weight.shape), f"{node.input[1]}.sparse")
+        node.input[1] = editor.constant(weight * kept_weights(np.abs(weight)), f"{node.input[1]}.sparse")
         return [node]
 
     return editor.rewrite(change)

@@ -82,13 +82,6 @@ def require_torch(what: str, otherwise: str) -> None:
         ) from error
 
 
-def fastest_device() -> Any:
-    """The GPU where torch has one."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def as_tensor(batch: NDArray[Any], device: Any) -> Tensor:
     """A batch as graphs of torch take it, float32."""
     import torch

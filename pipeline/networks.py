@@ -218,6 +218,13 @@ def _see_current_folder() -> None:
         sys.path.insert(0, "")
 
 
+def fastest_device() -> Any:
+    """The GPU where torch has one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _torch() -> Any:
     try:
         import torch

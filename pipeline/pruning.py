@@ -18,7 +18,6 @@ from pipeline.distillation import (
     decides_classes,
     descend,
     distance,
-    fastest_device,
     relative_error,
     repeatable,
     require_torch,
@@ -29,6 +28,7 @@ from pipeline.graph.placement import is_convolution
 from pipeline.graph.scores import scores_of
 from pipeline.graph.shapes import with_weights
 from pipeline.graph.sparsity import LEAST_CHANNELS, kept_weights, prunable
+from pipeline.networks import fastest_device
 from pipeline.torch_graph import TorchGraph
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def prune(
     import torch
 
     started, judges = time.perf_counter(), list(judges)
-    learner = _Learner(model, nodes, judges)
     with repeatable(tf32=True):
+        learner = _Learner(model, nodes, judges)
         loss_pruned, agreement_pruned = learner.judge(judges)
         if not math.isfinite(loss_pruned):
             raise CheckFailed(
@@ -167,10 +167,10 @@ class _Learner:
 
         self.device = fastest_device()
         self.masks = decides_classes(model)
-        self.input, self.scores = model_inputs(model)[0].name, scores_of(model)
+        self.input, scores = model_inputs(model)[0].name, scores_of(model)
         convolutions = [node for node in model.graph.node if is_convolution(node)]
-        self.inner = list(dict.fromkeys(n.input[0] for n in convolutions if n.input[0] != self.input))
-        self.graph = TorchGraph(model, [*self.scores, *self.inner], self.device)
+        inner = dict.fromkeys(n.input[0] for n in convolutions if n.input[0] != self.input)
+        self.graph, self.count = TorchGraph(model, [*scores, *inner], self.device), len(scores)
         self.names = tuple(node.name or node.output[0] for node in nodes)
         arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         learned = dict.fromkeys(name for n in convolutions for name in n.input[1:] if name in arrays)
@@ -196,23 +196,20 @@ class _Learner:
         with torch.no_grad():
             wanted = self.graph(feeds)
         found = self.graph(feeds, self._current())
-        count = len(self.scores)
-        scores = distance(found[:count], wanted[:count], self.masks)
-        if not self.inner:
-            return scores
-        inner = torch.stack([relative_error(*pair) for pair in zip(found[count:], wanted[count:], strict=True)]).mean()
-        return scores + INNER * inner
+        scores = distance(found[: self.count], wanted[: self.count], self.masks)
+        pairs = zip(found[self.count :], wanted[self.count :], strict=True)
+        inner = [relative_error(*pair) for pair in pairs]
+        return scores + INNER * torch.stack(inner).mean() if inner else scores
 
     def judge(self, batches: Sequence[Batch]) -> tuple[float, float | None]:
         """Mean loss of the scores, and the share of pixels that have the whole network's class."""
         import torch
 
         losses, same = [], []
-        count = len(self.scores)
         with torch.no_grad():
             for batch in batches:
                 feeds = self._feeds(batch)
-                found, wanted = self.graph(feeds, self._current())[:count], self.graph(feeds)[:count]
+                found, wanted = self.graph(feeds, self._current())[: self.count], self.graph(feeds)[: self.count]
                 losses.append(distance(found, wanted, self.masks).item())
                 if are_classes(wanted[0], self.masks):
                     same.append((found[0].argmax(1) == wanted[0].argmax(1)).float().mean().item())

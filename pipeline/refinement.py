@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,6 @@ from pipeline.distillation import (
     decides_classes,
     descend,
     distance,
-    fastest_device,
     repeatable,
     require_torch,
 )
@@ -30,12 +28,11 @@ from pipeline.graph.io import model_inputs
 from pipeline.graph.placement import quantizable, quantizable_tensors, shared_ranges
 from pipeline.graph.quantize import BIAS, quantized_as, with_biases
 from pipeline.graph.scores import scores_of
+from pipeline.networks import fastest_device
 from pipeline.torch_graph import TorchGraph
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 # Adam's steps at first; they fall to zero along a cosine. Of a range: its logarithm. Of a bias: as a share of the range
 # of what its convolution gives. Tried on CamVid (docs/calibration.md).

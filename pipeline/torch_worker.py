@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.config import NetworkConfig
 from pipeline.errors import PipelineError
 from pipeline.metrics.clock import gpu_milliseconds, gpu_spans, host_milliseconds
-from pipeline.networks import build_network
+from pipeline.networks import build_network, fastest_device
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,7 +75,7 @@ class Work:
 
         if wants_gpu and not torch.cuda.is_available():
             raise RuntimeError(f"torch {torch.__version__} sees no GPU")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = fastest_device()
         if precision == "tf32" and self.device.type == "cpu":
             raise RuntimeError("TF32 is an arithmetic of GPUs")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -23,8 +23,6 @@ Split = Literal["train", "validation", "calibration"]
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 # Generated images of different splits come from disjoint ranges of seeds.
 SEEDS: dict[Split, int] = {"train": 1_000_000, "validation": 2_000_000, "calibration": 3_000_000}
-# Of calibration images, every fourth judges what the others chose, and no more than these: each costs inferences.
-HELD_OUT_STEP, MOST_HELD_OUT = 4, 16
 
 
 @dataclass(frozen=True)
@@ -68,24 +66,6 @@ def hash_apart(sample: Sample, validation: Mapping[str, str]) -> str:
             fix="remove it from data.calibration (or data.train), or from data.validation",
         )
     return digest
-
-
-def split_places(count: int, asks: str, instead: str) -> tuple[list[int], list[int]]:
-    """Places of the calibration images that choose or teach, and of those that judge what came of it, spread over all.
-
-    Raises:
-        CalibrationError: fewer than four.
-    """
-    places = list(range(HELD_OUT_STEP - 1, count, HELD_OUT_STEP))
-    if not places:
-        raise CalibrationError(
-            f"{count} calibration images are too few for {asks}",
-            expected=f"at least {HELD_OUT_STEP}, of which every fourth judges what the others chose",
-            fix=f"give more images, or {instead}",
-        )
-    spread = np.linspace(0, len(places) - 1, min(len(places), MOST_HELD_OUT)).round().astype(int)
-    held_out = [places[i] for i in dict.fromkeys(spread.tolist())]
-    return [place for place in range(count) if place not in held_out], held_out
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from pipeline.calibration.ranges import ZERO_AMAX, choose_ranges
 from pipeline.calibration.report import AlgorithmTrial, CalibrationReport, Refinement, TensorRange
 from pipeline.calibration.table import CalibrationTable
 from pipeline.config import Algorithm, CalibrateConfig, Calibrator, EngineConfig, PreprocessingConfig
-from pipeline.data.dataset import Dataset, Sample, hash_apart, split_places
+from pipeline.data.dataset import Dataset, Sample, hash_apart
+from pipeline.data.teaching import HELD_OUT_STEP, in_batches, split_places, teaching_order
 from pipeline.errors import BuildFolderError, CalibrationError, ConfigError, DataError
 from pipeline.graph.io import image_input, load_model, read_card, sha256_model
 from pipeline.graph.placement import activation_tensors
@@ -99,7 +100,7 @@ def calibrate(
     if config.refine_steps:
         from pipeline.refinement import check_refinable
 
-        teaching = split_places(len(samples), *REFINING)
+        teaching = _split(len(samples), *REFINING)
         check_refinable(model, next((array for _, array in images.anew().read([0], "image", may_lack=True)), None))
     trials: list[AlgorithmTrial] = []
     held_out: list[int] = []
@@ -126,7 +127,7 @@ def calibrate(
             return _spread(fleet, collect, images, which, on_gpu=calibrator == "gpu")
 
         if config.algorithm == "auto":
-            rest, held_out = split_places(len(samples), "algorithm: auto", "name an algorithm")
+            rest, held_out = _split(len(samples), "algorithm: auto", "name an algorithm")
             histograms = gather(images, rest)
             judges = list(images.read(held_out, "held-out images"))
             trials = try_algorithms(model, histograms, [x for _, x in judges], config, engine)
@@ -402,19 +403,23 @@ def _refined(
     order."""
     from pipeline.refinement import refine
 
-    generator = np.random.default_rng(config.seed)
-    order: list[int] = []
-    while len(order) < config.refine_steps * config.refine_batch:
-        order += generator.permutation(rest).tolist()
+    count = config.refine_steps * config.refine_batch
+    order = teaching_order(rest, count, np.random.default_rng(config.seed))
     judges = [array for _, array in images.anew().read(held_out, "held-out images")]
-    stream = images.anew().read(order[: config.refine_steps * config.refine_batch], "refining")
-    batches = (np.concatenate(group) for group in _groups((array for _, array in stream), config.refine_batch))
+    stream = (array for _, array in images.anew().read(order, "refining"))
+    batches = in_batches(stream, config.refine_batch, "set calibrate.refine_batch to 1")
     return refine(model, table, batches, judges, config.refine_steps, engine)
 
 
-def _groups(arrays: Iterator[NDArray[Any]], size: int) -> Iterator[list[NDArray[Any]]]:
-    while group := list(itertools.islice(arrays, size)):
-        yield group
+def _split(count: int, asks: str, instead: str) -> tuple[list[int], list[int]]:
+    rest, held_out = split_places(count)
+    if not held_out:
+        raise CalibrationError(
+            f"{count} calibration images are too few for {asks}",
+            expected=f"at least {HELD_OUT_STEP}, of which every fourth judges what the others chose",
+            fix=f"give more images, or {instead}",
+        )
+    return rest, held_out
 
 
 def _with_amax(entry: TensorRange, amax: float, counted: Histogram | None) -> TensorRange:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from pydantic.dataclasses import dataclass
 from pipeline.artifacts import TensorSpec, to_json, write_atomically
 from pipeline.backends.base import feed_image
 from pipeline.config import PreprocessingConfig
-from pipeline.data.dataset import HELD_OUT_STEP, Dataset, split_places
+from pipeline.data.dataset import Dataset
 from pipeline.data.inputs import THREADS, on_threads
+from pipeline.data.teaching import HELD_OUT_STEP, in_batches, split_places, teaching_order
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.io import image_input, load_model, save_model, sha256_model, staged
 from pipeline.progress import track
@@ -85,7 +85,8 @@ def prune(
     for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"pruning takes no such {name}", expected=f"{least} or more", got=str(value))
-    if len(samples) < HELD_OUT_STEP:
+    learning, judging = split_places(len(samples))
+    if not judging:
         raise DataError(
             f"{len(samples)} images are too few for pruning",
             expected=f"at least {HELD_OUT_STEP}, of which every fourth judges what the others taught",
@@ -93,7 +94,6 @@ def prune(
         )
     model = load_model(clean)
     source = image_input(model, clean)
-    learning, judging = split_places(len(samples), "pruning", "leave it out")
     with staged(target) as file:  # from the start: a target that cannot be written is told before the work
         judges = (_prepared(samples, place, source, preprocessing) for place in judging)
         batches = _batches(samples, learning, source, preprocessing, steps, batch, seed)
@@ -112,7 +112,7 @@ def _prepared(
     """One image as the graph takes it, once whatever its batch."""
     sample = samples[place]
     image = np.ascontiguousarray(sample.image[:, ::-1]) if mirrored else sample.image
-    return feed_image(source, image, preprocessing, sample.name)[source.name][:1]
+    return feed_image(source, image, preprocessing, f"the image {sample.name}")[source.name][:1]
 
 
 def _batches(
@@ -125,24 +125,11 @@ def _batches(
     seed: int,
 ) -> Iterator[Array]:
     """Each step's images, in a seeded order, prepared on threads ahead of their use."""
-    generator = np.random.default_rng(seed)
-    order: list[int] = []
-    while len(order) < steps * batch:
-        order += generator.permutation(places).tolist()
-
-    mirrored = generator.random(steps * batch) < MIRRORED
+    count, generator = steps * batch, np.random.default_rng(seed)
+    order = teaching_order(places, count, generator)
+    mirrored = (generator.random(count) < MIRRORED).tolist()
     calls = (
-        (1, functools.partial(_prepared, samples, place, source, preprocessing, bool(turned)))
-        for place, turned in zip(order, mirrored, strict=False)
+        (1, functools.partial(_prepared, samples, place, source, preprocessing, turned))
+        for place, turned in zip(order, mirrored, strict=True)
     )
-    images = on_threads(calls, THREADS, AHEAD, AHEAD)
-    while group := list(itertools.islice(images, batch)):
-        sizes = {array.shape[1:] for array in group}
-        if len(sizes) > 1:
-            raise DataError(
-                "the images of a step have different sizes",
-                expected="one size",
-                got=", ".join(map(str, sorted(sizes))),
-                fix="use --batch 1, or export with preprocessing.resize: stretch or letterbox",
-            )
-        yield np.concatenate(group)
+    return in_batches(on_threads(calls, THREADS, AHEAD, AHEAD), batch, "use --batch 1")

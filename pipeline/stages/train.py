@@ -21,7 +21,7 @@ from pipeline.data.dataset import Dataset, open_dataset
 from pipeline.data.preprocessing import Pixels, fit_image, fit_label, normalise, preprocess, restore_mask
 from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.metrics.segmentation import class_iou, confusion_matrix, mean_iou
-from pipeline.networks import build_network
+from pipeline.networks import build_network, fastest_device
 from pipeline.progress import track
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def train(config: Config, weights: Path) -> TrainingReport:
         raise DataError("the validation images have no label maps", fix="name data.validation.labels")
     recipe, started = config.train, time.perf_counter()
     torch.manual_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = fastest_device()
     network = build_network(config.network.model_copy(update={"weights": None})).to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     samples = _load(open_dataset(config.data, config.preprocessing, "train"), config)
